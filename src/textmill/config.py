@@ -44,7 +44,7 @@ CUDA_GRAPHS = (1, 2, 4, 8, 16, 32)
 def setting(
     default: object,
     group: str,
-    help: str,
+    text: str,
     *,
     built: bool | str = True,
     works: tuple[object, ...] = (),
@@ -55,11 +55,11 @@ def setting(
     secret: bool = False,
     default_help: str = "",
 ) -> Any:
-    """A field of `Settings`. `built` is True or what is missing; then only the default and the values in `works`
-    are let through. `minimum` and `maximum` are inclusive and hold for numbers only."""
+    """A field of `Settings`; `text` is its help, `minimum` and `maximum` are inclusive. `built` is True or what is
+    missing; then only the default and the values in `works` are let through."""
     metadata = {
         "group": group,
-        "help": help,
+        "text": text,
         "built": built,
         "works": works,
         "choices": choices,
@@ -235,8 +235,11 @@ class Settings:
     @staticmethod
     def from_json(text: str) -> Settings:
         """The inverse of `to_json`; an unknown key is an error."""
-        values = json.loads(text)
-        return Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        values: dict[str, Any] = json.loads(text)
+        frozen: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return Settings(**frozen)
 
 
 def flag_name(one: Field[Any]) -> str:

@@ -1,0 +1,1 @@
+"""The command line: parsing, supervising child processes, and the entry points of those processes."""
