@@ -1,0 +1,100 @@
+"""Linear layers: a stored matrix, read from the checkpoint at first use, times rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from textmill.errors import ModelError
+from textmill.kernels import dispatch
+from textmill.kernels.native import NativeWeight, dense_weight, pack_weight
+from textmill.layers.types import Hidden
+from textmill.quant.packed import Packed
+from textmill.weights.view import View
+
+Canonical = Packed | Tensor
+
+
+class Matrix:
+    """One weight matrix [outputs, inputs] that is read once, when first needed, in the form its user asks for.
+
+    Recorded programs take it packed for the native kernels; torch takes a float tensor or a `Packed`.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Canonical]) -> None:
+        self.name = name
+        self._read = read
+        self._native: NativeWeight | None = None
+        self._plain: Canonical | None = None
+
+    def native(self) -> NativeWeight:
+        if self._native is None:
+            self._native = to_native(self._read())
+        return self._native
+
+    def plain(self) -> Canonical:
+        if self._plain is None:
+            self._plain = self._read()
+        return self._plain
+
+    def form_for(self, x: Hidden | None) -> NativeWeight | Canonical:
+        """The form that multiplies rows like `x`; None stands for a recording."""
+        return self.plain() if isinstance(x, Tensor) else self.native()
+
+
+def to_native(matrix: Canonical) -> NativeWeight:
+    if isinstance(matrix, Tensor):
+        return dense_weight(matrix.to(torch.float32).contiguous())
+    return pack_weight(matrix.codes, matrix.scales, matrix.offsets, matrix.zero, matrix.bits, matrix.group)
+
+
+class Linear:
+    """y = x W^T (+ bias)."""
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
+        self.matrix = matrix
+        self.bias = bias
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return dispatch.matmul(x, self.matrix.form_for(x), bias=self.bias)
+
+
+def matrix(w: View) -> Matrix:
+    """The matrix `weight` under a prefix."""
+    return Matrix(w.name, lambda: w.matrix("weight"))
+
+
+def joined(views: Sequence[View]) -> Matrix:
+    """Several matrices over the same input, stacked along their outputs into one."""
+    name = "+".join(view.name for view in views)
+    return Matrix(name, lambda: join([view.matrix("weight") for view in views]))
+
+
+def join(parts: Sequence[Canonical]) -> Canonical:
+    if all(isinstance(part, Packed) for part in parts):
+        return Packed.join([part for part in parts if isinstance(part, Packed)])
+    return torch.cat([part.dequantize() if isinstance(part, Packed) else part for part in parts])
+
+
+def bias(views: Sequence[View]) -> Tensor | None:
+    """The biases of several matrices, joined; either all have one or none."""
+    found = [view.has("bias") for view in views]
+    if not any(found):
+        return None
+    if not all(found):
+        missing = views[found.index(False)].name
+        raise ModelError(f"{missing} has no bias, but its siblings have one")
+    return torch.cat([view.tensor("bias") for view in views])
+
+
+def column(w: View, *names: str) -> Linear:
+    """Outputs of one or more matrices side by side (cut by outputs between ranks)."""
+    views = [w / name for name in names]
+    return Linear(matrix(views[0]) if len(views) == 1 else joined(views), bias(views))
+
+
+def row(w: View, name: str) -> Linear:
+    """A matrix whose inputs are what a rank holds (cut by inputs, summed between ranks)."""
+    return Linear(matrix(w / name), bias([w / name]))

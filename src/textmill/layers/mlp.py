@@ -1,0 +1,22 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+from textmill.kernels import dispatch
+from textmill.layers.linear import column, row
+from textmill.layers.types import Hidden
+from textmill.weights.view import View
+
+
+class GatedMLP:
+    """down(act(gate(x)) * up(x)); gate and up are one product over one input. Shazeer 2020."""
+
+    def __init__(self, w: View, gate: str, up: str, down: str, activation: str) -> None:
+        self.gate_up = column(w, gate, up)
+        self.down = row(w, down)
+        self.activation = activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        gate_up = self.gate_up
+        matrix = gate_up.matrix.form_for(x)
+        return self.down(dispatch.matmul(x, matrix, bias=gate_up.bias, activation=self.activation, gated=True))

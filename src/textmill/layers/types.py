@@ -1,0 +1,32 @@
+"""What flows through a model and what it may see of a step."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from textmill.kernels.native import Rows
+from textmill.kernels.spec import AttentionSpec
+
+# A batch of token rows [rows, columns]: a torch tensor (eager), or a handle while a program is recorded.
+Hidden: TypeAlias = Tensor | Rows
+
+
+class Context(Protocol):
+    """A step as layers see it. Eager contexts compute, a recording one writes the operation down."""
+
+    def embed(self, table: Stored, scale: float = 1.0) -> Hidden:
+        """Rows of the embedding table for the step's tokens: [rows, table columns]."""
+
+    def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
+        """Rotates and stores this step's keys and values, attends over the sequence's: [rows, heads x head_dim]."""
+
+    def outputs(self, x: Hidden) -> Hidden:
+        """Only the rows whose next token is wanted."""
+
+
+class Stored(Protocol):
+    """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
+
+    def form_for(self, x: Hidden | None) -> object: ...

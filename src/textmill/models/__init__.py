@@ -1,0 +1,1 @@
+"""One explicit file per architecture, named after the checkpoint's `model_type`."""

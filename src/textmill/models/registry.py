@@ -1,0 +1,25 @@
+"""Which file serves a checkpoint: its `model_type`, by name or by alias."""
+
+from __future__ import annotations
+
+import importlib
+
+from textmill.errors import ModelError
+from textmill.layers.causal_lm import CausalLM
+from textmill.weights.config import ModelConfig
+from textmill.weights.view import View
+
+# model_type → module in this package. Families share a file only where it has no branch that tells them apart.
+FAMILIES = {
+    "llama": "llama",
+}
+
+
+def build_model(c: ModelConfig, w: View) -> CausalLM:
+    """The model of a checkpoint, its small tensors read, its matrices bound by name."""
+    module = FAMILIES.get(c.model_type)
+    if module is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"model_type {c.model_type!r} is not supported yet (supported: {known})")
+    model: CausalLM = importlib.import_module(f"textmill.models.{module}").Model(c, w)
+    return model

@@ -1,0 +1,1 @@
+"""One rank's side of a step: slots, key/value pool, execution, warm-up."""

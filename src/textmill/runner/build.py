@@ -1,0 +1,186 @@
+"""From settings to a running model: open the checkpoint, build, size the cache, warm up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from textmill import __version__
+from textmill.config import Settings
+from textmill.core import EngineInfo, RunnerLimits
+from textmill.errors import ConfigError
+from textmill.kernels.dispatch import native_available
+from textmill.layers.causal_lm import CausalLM
+from textmill.models.registry import build_model
+from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache
+from textmill.runner.runner import Executor, LocalRunner
+from textmill.runner.warmup import warm_up
+from textmill.weights.checkpoint import Checkpoint, open_checkpoint
+from textmill.weights.config import ModelConfig
+from textmill.weights.source import ModelSource
+from textmill.weights.view import View
+
+BLOCK_SIZE = 16
+# Rows of one step on the CPU: enough to reuse every weight while it is in cache, few enough to keep steps short.
+CPU_STEP_ROWS = 512
+DEFAULT_PREFILL_TOKENS = 4096
+
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that executors are built for."""
+
+    max_rows: int
+    max_slots: int
+    max_total_tokens: int
+    max_top_n: int
+    threads: int
+
+
+def build_runner(settings: Settings, source: ModelSource, report: Report) -> tuple[LocalRunner, EngineInfo]:
+    """A warm runner for `source` and what routers need to know of it. `report(phase, message, **fields)` tells progress.
+
+    Raises ConfigError or ModelError with the line that the user reads.
+    """
+    started = time.perf_counter()
+    native = uses_native(settings)
+    checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32")
+    c = checkpoint.config
+    shape = shape_of(settings, c)
+    report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
+    model = build_model(c, View(checkpoint))
+    executor, plan = build_executor(settings, model, c, shape, native=native)
+    check_all_read(checkpoint)
+    report("load", "weights are in place", seconds=time.perf_counter() - started)
+    limits = limits_of(settings, c, shape, plan)
+    report("memory", "memory plan", table=memory_table(executor, plan, limits))
+    seconds = warm_up(executor, limits)
+    report("warmup", "first step done", seconds=seconds)
+    return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor)
+
+
+def uses_native(settings: Settings) -> bool:
+    if settings.kernels == "torch" or settings.disable_custom_kernels:
+        return False
+    if settings.kernels == "native" and not native_available():
+        raise ConfigError("--kernels native: the native module is not installed; reinstall textmill with a C++ compiler")
+    return native_available()
+
+
+def shape_of(settings: Settings, c: ModelConfig) -> Shape:
+    total = settings.max_total_tokens or c.max_position_embeddings
+    if total > c.max_position_embeddings:
+        raise ConfigError(
+            f"`max_total_tokens`({total}) must be <= the model's context of {c.max_position_embeddings} tokens"
+        )
+    slots = min(settings.max_batch_size or settings.max_concurrent_requests, 1024)
+    return Shape(max(CPU_STEP_ROWS, slots), slots, total, settings.max_top_n_tokens, settings.cpu_threads)
+
+
+def build_executor(
+    settings: Settings, model: CausalLM, c: ModelConfig, shape: Shape, *, native: bool
+) -> tuple[Executor, CachePlan]:
+    """The executor with its cache allocated; the cache is sized after the weights are in memory."""
+    if native:
+        from textmill.kernels.native import Program
+        from textmill.runner.native_executor import NativeExecutor
+
+        program = Program(
+            max_rows=shape.max_rows,
+            max_slots=shape.max_slots,
+            max_total_tokens=shape.max_total_tokens,
+            block_size=BLOCK_SIZE,
+            vocab_size=c.vocab_size,
+            max_top_n=shape.max_top_n,
+            kv_dtype="float32" if keeps_float32(settings, c) else "float16",
+            threads=shape.threads,
+        )
+        executor = NativeExecutor(model, program)
+        plan = sized(settings, shape, program.kv_bytes_per_block)
+        program.allocate(plan.num_blocks)
+        return executor, plan
+    from textmill.runner.torch_executor import TorchExecutor, bytes_per_block
+
+    plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE))
+    return TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks), plan
+
+
+def keeps_float32(settings: Settings, c: ModelConfig) -> bool:
+    """Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values."""
+    return settings.dtype == "float32" or not c.packed
+
+
+def sized(settings: Settings, shape: Shape, bytes_per_block: int) -> CachePlan:
+    return plan_cache(
+        block_size=BLOCK_SIZE,
+        bytes_per_block=bytes_per_block,
+        max_total_tokens=shape.max_total_tokens,
+        requested_bytes=settings.kv_cache_memory * MIB if settings.kv_cache_memory else None,
+        requested_tokens=settings.max_batch_total_tokens,
+        free_bytes=free_memory(),
+    )
+
+
+def check_all_read(checkpoint: Checkpoint) -> None:
+    """A tensor nobody asked for means that the model is not the one the checkpoint holds."""
+    unread = checkpoint.unread()
+    if unread:
+        shown = ", ".join(sorted(unread)[:5])
+        raise ConfigError(f"{len(unread)} tensors of the checkpoint are not used by this architecture: {shown} …")
+
+
+def limits_of(settings: Settings, c: ModelConfig, shape: Shape, plan: CachePlan) -> RunnerLimits:
+    total = min(shape.max_total_tokens, plan.tokens)
+    if settings.max_total_tokens and settings.max_total_tokens > total:
+        raise ConfigError(f"Not enough memory to handle `max_total_tokens={settings.max_total_tokens}`")
+    return RunnerLimits(
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        max_slots=shape.max_slots,
+        max_step_tokens=shape.max_rows,
+        max_total_tokens=total,
+        vocab_size=c.vocab_size,
+    )
+
+
+def memory_table(executor: Executor, plan: CachePlan, limits: RunnerLimits) -> list[tuple[str, str]]:
+    """Rows (what, how much) for the launcher to print."""
+    return [
+        ("weights", f"{executor.weight_bytes / MIB:,.0f} MiB"),
+        ("step buffers", f"{executor.buffer_bytes / MIB:,.0f} MiB"),
+        ("free before the KV cache", f"{plan.free_bytes / MIB:,.0f} MiB"),
+        ("KV cache", f"{plan.total_bytes / MIB:,.0f} MiB ({plan.num_blocks:,} blocks of {plan.block_size} tokens)"),
+        ("tokens that fit", f"{plan.tokens:,}"),
+        ("longest request", f"{limits.max_total_tokens:,} tokens"),
+    ]
+
+
+def engine_info(
+    settings: Settings, source: ModelSource, c: ModelConfig, limits: RunnerLimits, executor: Executor
+) -> EngineInfo:
+    longest = settings.max_input_tokens or settings.max_input_length or limits.max_total_tokens - 1
+    if longest >= limits.max_total_tokens:
+        raise ConfigError(f"`max_input_tokens`({longest}) must be < `max_total_tokens`({limits.max_total_tokens})")
+    fields: dict[str, Any] = {
+        "model_id": source.model_id,
+        "model_path": str(source.path),
+        "model_type": c.model_type,
+        "revision": source.revision or "",
+        "dtype": executor.dtype,
+        "device": "cpu",
+        "quantize": "gguf" if c.packed and settings.dtype != "float32" else "",
+        "vocab_size": limits.vocab_size,
+        "max_input_tokens": longest,
+        "max_total_tokens": limits.max_total_tokens,
+        "max_batch_prefill_tokens": settings.max_batch_prefill_tokens or DEFAULT_PREFILL_TOKENS,
+        "max_batch_total_tokens": limits.num_blocks * limits.block_size,
+        "block_size": limits.block_size,
+        "num_blocks": limits.num_blocks,
+        "max_slots": limits.max_slots,
+        "version": __version__,
+    }
+    return EngineInfo(**fields)

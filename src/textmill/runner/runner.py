@@ -1,0 +1,62 @@
+"""A runner in this process: steps go to one thread of its own, strictly in order, and come back in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+from textmill.core import RunnerLimits, Sampled, SlotWork, Step, StepResult
+from textmill.runner.slots import Tables, apply
+
+
+class Executor(Protocol):
+    """Computes one step's work over the tables and samples where asked; the result is parallel to `work`."""
+
+    tables: Tables
+    weight_bytes: int
+    buffer_bytes: int
+    dtype: str
+
+    def run(self, work: Sequence[SlotWork]) -> list[Sampled]: ...
+
+
+class LocalRunner:
+    """Runs steps on a thread. A step that raises comes back as that exception from `collect`; the next ones go on."""
+
+    def __init__(self, executor: Executor, limits: RunnerLimits) -> None:
+        self.limits = limits
+        self._executor = executor
+        self._steps: SimpleQueue[Step | None] = SimpleQueue()
+        self._results: SimpleQueue[StepResult | Exception] = SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: Step) -> None:
+        self._steps.put(step)
+
+    def collect(self) -> StepResult:
+        """The oldest submitted step's result; blocks until it is there. Raises what the step raised."""
+        result = self._results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        self._steps.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (step := self._steps.get()) is not None:
+            try:
+                self._results.put(self._run(step))
+            except Exception as error:  # noqa: BLE001 - the boundary: one broken step must not end the thread
+                self._results.put(error)
+
+    def _run(self, step: Step) -> StepResult:
+        started = time.perf_counter()
+        apply(step, self._executor.tables)
+        sampled = self._executor.run(step.work) if step.work else []
+        return StepResult(step.number, tuple(sampled), time.perf_counter() - started)
