@@ -1,0 +1,1 @@
+"""Quantized matrices: one packed form for every scheme, and one translator file per scheme."""

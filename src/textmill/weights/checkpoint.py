@@ -1,0 +1,232 @@
+"""A checkpoint as one lazy mapping under Hugging Face names, whatever files it lies in; tensors are read when asked.
+
+Torch is imported only where tensors are made.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from textmill.errors import ModelError
+from textmill.quant.ggml_types import GGML_TYPES
+from textmill.weights.config import ModelConfig, config_from_folder, config_from_gguf, read_json
+from textmill.weights.gguf import GgufFile, GgufTensor
+from textmill.weights.gguf_names import family_of, hugging_face_name, permuted_heads
+from textmill.weights.view import View
+
+if TYPE_CHECKING:
+    import torch
+
+    from textmill.quant.packed import Packed
+
+
+class Checkpoint(ABC):
+    """Names to tensors. `tensor` gives float32; `matrix` gives a Packed where the file holds one, else float32.
+
+    `unread()` names what nobody asked for: a model that leaves weights unread is a wrong model.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.path = path
+        self.config = config
+        self._read: set[str] = set()
+
+    @property
+    def root(self) -> View:
+        """The view from which a model pulls its weights."""
+        return View(self)
+
+    @abstractmethod
+    def names(self) -> list[str]: ...
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; raises ModelError for a name that is not there."""
+
+    @abstractmethod
+    def _tensor(self, name: str) -> torch.Tensor: ...
+
+    def _matrix(self, name: str) -> Packed | torch.Tensor:
+        return self._tensor(name)
+
+    def has(self, name: str) -> bool:
+        return name in self._index()
+
+    @abstractmethod
+    def _index(self) -> dict[str, Any]: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self._note(name)
+        return self._tensor(name)
+
+    def matrix(self, name: str) -> Packed | torch.Tensor:
+        self._note(name)
+        return self._matrix(name)
+
+    def unread(self) -> list[str]:
+        return [name for name in self.names() if name not in self._read]
+
+    def _note(self, name: str) -> None:
+        self._known(name)
+        self._read.add(name)
+
+    def _known(self, name: str) -> None:
+        if not self.has(name):
+            raise ModelError(f"{self.path}: tensor {name} is missing")
+
+
+def open_checkpoint(path: str | Path, *, dequantize: bool = False) -> Checkpoint:
+    """Opens a folder of safetensors or a .gguf file. `dequantize`: `matrix` gives float32 too (the float path)."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return GgufCheckpoint(path, dequantize=dequantize)
+    if not path.is_dir():
+        raise ModelError(f"{path}: neither a folder nor a .gguf file")
+    return SafetensorsCheckpoint(path)
+
+
+class GgufCheckpoint(Checkpoint):
+    """One .gguf file; llama.cpp's names and row orders are put right on the way."""
+
+    def __init__(self, path: Path, *, dequantize: bool = False) -> None:
+        self.file = GgufFile(path)
+        if self.file.metadata.get("split.count", 1) not in (0, 1):
+            raise ModelError(f"{path}: split.count: split files are not supported; join them with llama-gguf-split")
+        super().__init__(path, config_from_gguf(self.file))
+        self._family = family_of(self.file)
+        self._dequantize = dequantize
+        self._tensors: dict[str, GgufTensor] = {}
+        for name, tensor in self.file.tensors.items():
+            renamed = hugging_face_name(self._family, name)
+            if renamed in self._tensors:
+                raise ModelError(f"{path}: {name}: another tensor is called {renamed} already")
+            self._tensors[renamed] = tensor
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self._known(name)
+        return self._tensors[name].shape
+
+    def _index(self) -> dict[str, Any]:
+        return self._tensors
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        from textmill.quant import ggml
+
+        tensor = self._tensors[name]
+        if not ggml.can_read(tensor.ggml_type):
+            kind = GGML_TYPES[tensor.ggml_type].name
+            raise ModelError(f"{self.path}: {tensor.name}: tensors of type {kind} are not supported")
+        values = ggml.dequantize(tensor.ggml_type, self.file.data(tensor.name), tensor.shape)
+        rows = self._row_order(tensor)
+        return values if rows is None else values[rows]
+
+    def _matrix(self, name: str) -> Packed | torch.Tensor:
+        from textmill.quant import ggml
+
+        tensor = self._tensors[name]
+        if self._dequantize or len(tensor.shape) != 2 or not ggml.can_pack(tensor.ggml_type):
+            return self._tensor(name)
+        packed = ggml.unpack(tensor.ggml_type, self.file.data(tensor.name), *tensor.shape)
+        rows = self._row_order(tensor)
+        return packed if rows is None else packed.take(rows)
+
+    def _row_order(self, tensor: GgufTensor) -> torch.Tensor | None:
+        """The rows that bring a permuted projection back to half-split rotary order, or None if it is not one."""
+        import torch
+
+        key = permuted_heads(self._family, tensor.name)
+        if key is None:
+            return None
+        heads = self.config.kv_heads if key.endswith("head_count_kv") else self.config.heads
+        rows = tensor.shape[0]
+        if rows % (2 * heads):
+            raise ModelError(f"{self.path}: {tensor.name}: {rows} rows do not divide into {heads} heads")
+        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A folder of safetensors files, with or without an index; values of 16 bits are widened to float32."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, config_from_folder(folder))
+        method = self.config.raw.get("quantization_config")
+        if method:
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise ModelError(f"{folder}: quantization_config: checkpoints of method {name!r} are not supported yet")
+        self._files: dict[str, Any] = {}
+        self._where = _files_of_tensors(folder, self._open)
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self._known(name)
+        return tuple(self._slice(name).get_shape())
+
+    def _index(self) -> dict[str, Any]:
+        return self._where
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._slice(name)[...]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def _slice(self, name: str) -> Any:
+        from safetensors import SafetensorError
+
+        try:
+            return self._open(self._where[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self._where[name]}: {name}: {error}") from error
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._files.get(str(path))
+        if file is None:
+            try:
+                file = self._files[str(path)] = safe_open(str(path), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
+        return file
+
+
+def _files_of_tensors(folder: Path, opened: Any) -> dict[str, Path]:
+    """Which file holds which tensor: by model.safetensors.index.json, else by opening every *.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed(folder, index)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(_nothing_to_read(folder))
+    where: dict[str, Path] = {}
+    for path in files:
+        for name in opened(path).keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+            if name in where:
+                raise ModelError(f"{path}: {name}: the tensor is in {where[name].name} too")
+            where[name] = path
+    return where
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index}: weight_map is missing")
+    for name, file in names.items():
+        # A file name with a folder in it could point anywhere on this machine.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index}: weight_map: {name}: {json.dumps(file)} is not the name of a safetensors file")
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder / file}: missing, but the index names it")
+    return {name: folder / file for name, file in names.items()}
+
+
+def _nothing_to_read(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return f"{folder}: only .bin files here; convert them to safetensors first (pickles are never loaded)"
+    return f"{folder}: no safetensors files here"

@@ -1,0 +1,250 @@
+"""A model's config in our names, from `config.json` (hub style or transformers 5) or from GGUF metadata.
+
+Every number is checked, since the file comes from outside: a missing or impossible field is a ModelError naming it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from textmill.errors import ModelError
+from textmill.weights.gguf import GgufFile
+from textmill.weights.gguf_names import family_of
+
+_LARGEST_JSON = 64 << 20
+_LARGEST_NUMBER = 1 << 31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What layers may ask about a model; whatever else its config says is in `raw`.
+
+    `rope_scaling` is None for plain rotary positions, else a dict with at least `rope_type`. `rotary_dim` is the part
+    of each head that is rotated. `tie_word_embeddings` is None where the config does not say.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    rotary_dim: int
+    max_position_embeddings: int
+    vocab_size: int
+    tie_word_embeddings: bool | None
+    hidden_act: str
+    sliding_window: int | None
+    attention_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    torch_dtype: str
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a model folder (config.json, generation_config.json) or of a .gguf file."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return config_from_gguf(GgufFile(path))
+    return config_from_folder(path)
+
+
+def config_from_folder(folder: Path) -> ModelConfig:
+    """Reads `config.json` of hub files and of transformers 5, and the end tokens of `generation_config.json`."""
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    fields = _Fields(raw, folder / "config.json")
+    heads = fields.number("num_attention_heads", "n_head", "n_heads")
+    hidden = fields.number("hidden_size", "n_embd", "d_model")
+    head_dim = fields.number("head_dim", default=hidden // heads)
+    rope = _rope_parameters(raw, fields)
+    partial = fields.real("partial_rotary_factor", "rotary_pct", default=rope.get("partial_rotary_factor", 1.0))
+    return ModelConfig(
+        model_type=fields.text("model_type"),
+        hidden_size=hidden,
+        num_layers=fields.number("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        heads=heads,
+        kv_heads=fields.number("num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads),
+        head_dim=head_dim,
+        intermediate_size=fields.number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        norm_eps=fields.real("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", default=1e-6),
+        rope_theta=fields.real("rope_theta", "rotary_emb_base", default=rope.get("rope_theta", 10000.0)),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        rotary_dim=int(head_dim * partial),
+        max_position_embeddings=fields.number("max_position_embeddings", "n_positions", "n_ctx", default=2048),
+        vocab_size=fields.number("vocab_size"),
+        tie_word_embeddings=fields.switch("tie_word_embeddings"),
+        hidden_act=fields.text("hidden_act", "hidden_activation", "activation_function", default="silu"),
+        sliding_window=_sliding_window(raw, fields),
+        attention_bias=bool(fields.switch("attention_bias", "use_bias")),
+        bos_token_id=fields.optional_number("bos_token_id"),
+        eos_token_ids=token_ids(raw.get("eos_token_id") if eos is None else eos, fields.path, "eos_token_id"),
+        torch_dtype=fields.text("torch_dtype", "dtype", default="float32"),
+        raw=raw,
+    )
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Reads GGUF metadata (`llama.embedding_length` and so on) of an architecture that `gguf_names` knows."""
+    family = family_of(file)
+    fields = _Fields(file.metadata, file.path, prefix=f"{family.architecture}.")
+    hidden, heads = fields.number("embedding_length"), fields.number("attention.head_count")
+    head_dim = fields.number("attention.key_length", default=hidden // heads)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    vocabulary = len(tokens) if isinstance(tokens, list) and tokens else None
+    return ModelConfig(
+        model_type=family.model_type,
+        hidden_size=hidden,
+        num_layers=fields.number("block_count"),
+        heads=heads,
+        kv_heads=fields.number("attention.head_count_kv", default=heads),
+        head_dim=head_dim,
+        intermediate_size=fields.number("feed_forward_length"),
+        norm_eps=fields.real("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", default=1e-5),
+        rope_theta=fields.real("rope.freq_base", default=10000.0),
+        rope_scaling=_gguf_rope_scaling(fields),
+        rotary_dim=fields.number("rope.dimension_count", default=head_dim),
+        max_position_embeddings=fields.number("context_length"),
+        vocab_size=fields.number("vocab_size", default=vocabulary),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        hidden_act=family.hidden_act,
+        sliding_window=fields.optional_number("attention.sliding_window") or None,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        bos_token_id=_token_id(file, "tokenizer.ggml.bos_token_id"),
+        eos_token_ids=gguf_eos_ids(file),
+        torch_dtype="float32",
+        raw={key: value for key, value in file.metadata.items() if not isinstance(value, list)},
+    )
+
+
+def gguf_eos_ids(file: GgufFile) -> tuple[int, ...]:
+    """The ids that end a generation: end of sequence, and end of turn and of message where the file names them."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [_token_id(file, f"tokenizer.ggml.{key}") for key in keys]
+    return tuple(dict.fromkeys(number for number in found if number is not None))
+
+
+def _token_id(file: GgufFile, key: str) -> int | None:
+    return _Fields(file.metadata, file.path).optional_number(key)
+
+
+def token_ids(value: Any, path: Path, name: str) -> tuple[int, ...]:
+    """A field that holds one id, a list of ids, or nothing."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(number) is int and 0 <= number < _LARGEST_NUMBER for number in values):
+        raise ModelError(f"{path}: {name}: {value!r} is not a token id or a list of them")
+    return tuple(dict.fromkeys(values))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of sane size; ModelError otherwise."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MiB")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds no JSON object")
+    return value
+
+
+class _Fields:
+    """Typed look-ups under alternative names; null counts as missing."""
+
+    def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self.raw = raw
+        self.path = path
+        self.prefix = prefix
+
+    def find(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        for name in names:
+            value = self.raw.get(self.prefix + name)
+            if value is not None:
+                return self.prefix + name, value
+        return self.prefix + names[0], None
+
+    def fail(self, name: str, value: Any, wanted: str) -> ModelError:
+        return ModelError(f"{self.path}: {name}: {value!r} is not {wanted}")
+
+    def optional_number(self, *names: str) -> int | None:
+        name, value = self.find(names)
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
+            raise self.fail(name, value, "a whole number")
+        return value
+
+    def number(self, *names: str, default: int | None = None) -> int:
+        value = self.optional_number(*names)
+        value = default if value is None else value
+        if value is None:
+            raise ModelError(f"{self.path}: {self.prefix + names[0]} is missing")
+        if value < 1:
+            raise self.fail(self.find(names)[0], value, "a positive number")
+        return value
+
+    def real(self, *names: str, default: float) -> float:
+        name, value = self.find(names)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.fail(name, value, "a positive number")
+        return float(value)
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        name, value = self.find(names)
+        value = default if value is None else value
+        if value is None:
+            raise ModelError(f"{self.path}: {name} is missing")
+        if not isinstance(value, str):
+            raise self.fail(name, value, "a string")
+        return value
+
+    def switch(self, *names: str) -> bool | None:
+        name, value = self.find(names)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(name, value, "true or false")
+        return value
+
+
+def _rope_parameters(raw: dict[str, Any], fields: _Fields) -> dict[str, Any]:
+    """The rotary settings of either style as one dict; `rope_type` is always there ("default" for plain)."""
+    _, value = fields.find(("rope_parameters", "rope_scaling"))
+    if value is None:
+        return {"rope_type": "default"}
+    if not isinstance(value, dict):
+        raise fields.fail("rope_scaling", value, "an object")
+    kind = value.get("rope_type", value.get("type", "default"))
+    if not isinstance(kind, str):
+        raise fields.fail("rope_scaling.rope_type", kind, "a string")
+    found = {key: item for key, item in value.items() if key != "type"} | {"rope_type": kind}
+    original = raw.get("original_max_position_embeddings")
+    if original is not None:  # Phi-3 keeps it beside, not inside
+        found.setdefault("original_max_position_embeddings", original)
+    return found
+
+
+def _sliding_window(raw: dict[str, Any], fields: _Fields) -> int | None:
+    if raw.get("use_sliding_window") is False:
+        return None
+    return fields.optional_number("sliding_window") or None
+
+
+def _gguf_rope_scaling(fields: _Fields) -> dict[str, Any] | None:
+    kind = fields.text("rope.scaling.type", default="none")
+    if kind == "none":
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.real("rope.scaling.factor", default=1.0)}
+    original = fields.optional_number("rope.scaling.original_context_length")
+    if original:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
