@@ -67,7 +67,9 @@ def uses_native(settings: Settings) -> bool:
     if settings.kernels == "torch" or settings.disable_custom_kernels:
         return False
     if settings.kernels == "native" and not native_available():
-        raise ConfigError("--kernels native: the native module is not installed; reinstall textmill with a C++ compiler")
+        raise ConfigError(
+            "--kernels native: the native module is not installed; reinstall textmill with a C++ compiler"
+        )
     return native_available()
 
 

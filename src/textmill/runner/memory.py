@@ -77,11 +77,7 @@ def meminfo_available(path: Path) -> int:
 def cgroup_v2_left(proc: Path, cgroups: Path) -> int | None:
     """What the tightest of our control group and its parents leaves; reclaimable file cache counts as free."""
     relative = next(
-        (
-            line.split("::", 1)[1]
-            for line in read(proc / "self" / "cgroup").splitlines()
-            if line.startswith("0::")
-        ),
+        (line.split("::", 1)[1] for line in read(proc / "self" / "cgroup").splitlines() if line.startswith("0::")),
         None,
     )
     if relative is None:

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Serves one GGUF file with textmill and with llama.cpp's llama-server, alternately, and compares what clients feel.
+
+  python benchmarks/serving.py                          all steps, 5 alternating rounds, writes results/serving.jsonl
+  python benchmarks/serving.py --steps load-32 --rounds 3 --servers textmill
+  python benchmarks/serving.py --report                 only the table from the results there are
+
+Every round starts each server anew (start-up is measured each time), waits for a quiet machine, warms it with one
+request and runs the steps. Figures are medians over rounds with (least-most); a ratio above 1 is in textmill's favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from load import Answer, Load, ask, figures, percentile, prompts, run
+from servers import SERVERS, Running, Server, install_llama, wait_until_quiet
+
+STEPS = {
+    "decode": Load(1, 3, 64, 128),
+    "prefill-512": Load(1, 3, 512, 1),
+    "prefill-2048": Load(1, 2, 2048, 1),
+    "load-1": Load(1, 4, 128, 64),
+    "load-4": Load(4, 8, 128, 64),
+    "load-8": Load(8, 16, 128, 64),
+    "load-16": Load(16, 32, 128, 64),
+    "load-32": Load(32, 64, 128, 64),
+    "short-1": Load(1, 3, 16, 128),
+    "short-32": Load(32, 64, 16, 128),
+    "prefix": Load(1, 6, 16, 8, shared_prefix_tokens=2000),
+    "arrival": Load(8, 8, 64, 256),
+}
+# Rows of the report: (title, step, figure, more is better).
+ROWS = [
+    ("decode, one stream, tokens/s", "decode", "decode_tok_s", True),
+    ("prefill of 512, tokens/s", "prefill-512", "prefill_tok_s", True),
+    ("prefill of 2,048, tokens/s", "prefill-2048", "prefill_tok_s", True),
+    *[(f"output tokens/s, {n} clients (128 in, 64 out)", f"load-{n}", "output_tok_s", True) for n in (1, 4, 8, 16, 32)],
+    *[(f"output tokens/s, {n} clients (16 in, 128 out)", f"short-{n}", "output_tok_s", True) for n in (1, 32)],
+    ("TTFT p50, 8 clients, ms", "load-8", "ttft_ms_p50", False),
+    ("TTFT p95, 8 clients, ms", "load-8", "ttft_ms_p95", False),
+    ("inter-token p50, 8 clients, ms", "load-8", "gap_ms_p50", False),
+    ("inter-token p95, 8 clients, ms", "load-8", "gap_ms_p95", False),
+    ("TTFT, 2,000-token prefix, cold, ms", "prefix", "ttft_ms_cold", False),
+    ("TTFT, 2,000-token prefix, warm, ms", "prefix", "ttft_ms_later", False),
+    ("inter-token p95, 8 streams, quiet, ms", "arrival", "gap_ms_p95_quiet", False),
+    ("inter-token p95 while a 2,048-token prompt arrives, ms", "arrival", "gap_ms_p95_arrival", False),
+    ("peak memory, MiB", "process", "peak_memory_mib", False),
+    ("start to ready, s", "process", "startup_s", False),
+]
+
+
+async def arrival(port: int, load: Load, extra: dict[str, object]) -> dict[str, float]:
+    """Gaps of running streams before, and while, a long prompt is computed beside them."""
+    texts = prompts(load)
+    streams = [asyncio.create_task(ask(port, text, load.output_tokens, extra)) for text in texts]
+    await asyncio.sleep(1.5)
+    intruder = Load(1, 1, 2048, 1, seed=load.seed + "intruder")
+    long = await ask(port, prompts(intruder)[0], 1, extra)
+    answers: list[Answer] = await asyncio.gather(*streams)
+    failed = [a.error for a in [*answers, long] if a.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} requests failed; the first: {failed[0]}")
+    quiet, during = [], []
+    for answer in answers:
+        for before, after in zip(answer.arrivals, answer.arrivals[1:], strict=False):
+            if after <= long.sent:
+                quiet.append((after - before) * 1e3)
+            elif before < long.arrivals[0]:
+                during.append((after - before) * 1e3)
+    if not quiet or not during:
+        return {}
+    return {
+        "gap_ms_p95_quiet": percentile(quiet, 95),
+        "gap_ms_p95_arrival": percentile(during, 95),
+        "arrival_ttft_ms": long.first_token_s * 1e3,
+    }
+
+
+async def measure(port: int, step: str, server: Server, seed: str) -> dict[str, float]:
+    load = Load(**{name: getattr(STEPS[step], name) for name in Load.__slots__ if name != "seed"}, seed=seed)
+    if step == "arrival":
+        return await arrival(port, load, server.extra)
+    extra = server.extra | server.prefix_extra if step == "prefix" else server.extra
+    answers, wall = await run(port, load, extra)
+    out = figures(load, answers, wall)
+    if step == "prefix":
+        out["ttft_ms_cold"] = answers[0].first_token_s * 1e3
+    return out
+
+
+def round_of(name: str, args: argparse.Namespace, number: int) -> None:
+    server = SERVERS[name]
+    wait_until_quiet()
+    with Running(server, args.model, args.port, args.threads, args.out.with_suffix(f".{name}.log")) as running:
+        asyncio.run(ask(args.port, "Hello there", 8, server.extra))
+        for step in args.steps:
+            wait_until_quiet(20)
+            found = asyncio.run(measure(args.port, step, server, f"{step}/{number}"))
+            record(args.out, name, step, number, found)
+        process = {"startup_s": running.startup_s, "peak_memory_mib": running.peak_memory_mib()}
+        record(args.out, name, "process", number, process)
+
+
+def record(out: Path, server: str, step: str, number: int, found: dict[str, float]) -> None:
+    rounded = {key: round(value, 3) for key, value in found.items()}
+    line = {"server": server, "step": step, "round": number} | rounded
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def report(out: Path) -> str:
+    """A Markdown table of medians, spread and ratios to textmill."""
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in SERVERS if any(line["server"] == name for line in lines)]
+    peers = [name for name in names if name != "textmill"]
+    head = ["figure", *names, *(f"textmill : {peer}" for peer in peers)]
+    table = [head, ["---"] * len(head)]
+    for title, step, figure, more in ROWS:
+        values = {
+            name: [line[figure] for line in lines if (line["server"], line["step"]) == (name, step) and figure in line]
+            for name in names
+        }
+        if not any(values.values()):
+            continue
+        cells = [cell(values[name]) for name in names]
+        ratios = [ratio(values.get("textmill", []), values[peer], more) for peer in peers]
+        table.append([title, *cells, *ratios])
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.median(values):,.4g} ({min(values):,.4g}–{max(values):,.4g})"
+
+
+def ratio(ours: list[float], theirs: list[float], more: bool) -> str:
+    if not ours or not theirs:
+        return "–"
+    value = statistics.median(ours) / statistics.median(theirs)
+    return f"{value if more else 1 / value:.2f} ×"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: the embedded model)")
+    parser.add_argument("--servers", default=",".join(SERVERS), help="of " + ", ".join(SERVERS))
+    parser.add_argument("--steps", default=",".join(STEPS), help="of " + ", ".join(STEPS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--port", type=int, default=8391)
+    parser.add_argument("--out", type=Path, default=Path("results/serving.jsonl"))
+    parser.add_argument("--report", action="store_true", help="only print the table of the results there are")
+    args = parser.parse_args()
+    args.servers, args.steps = args.servers.split(","), args.steps.split(",")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if not args.report:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.model is None:
+            from textmill.weights.source import resolve
+
+            args.model = resolve(None).path
+        if any(name.startswith("llama") for name in args.servers):
+            install_llama(args.threads)
+        for number in range(args.rounds):
+            for name in args.servers:
+                round_of(name, args, number)
+    print(report(args.out))
+
+
+if __name__ == "__main__":
+    main()
