@@ -1,0 +1,99 @@
+"""The operations that layers call: torch tensors take the torch reference, `Rows` are recorded in their native program.
+
+This is the only place that asks which platform it is on.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from textmill.kernels import native, reference
+from textmill.kernels.native import NativeWeight, Rows
+from textmill.kernels.spec import PackedMatrix
+
+Values: TypeAlias = torch.Tensor | Rows
+Matrix: TypeAlias = torch.Tensor | PackedMatrix | NativeWeight
+
+
+def native_available() -> bool:
+    """True if the native kernels were built for this Python."""
+    return native.LOADED
+
+
+def instruction_set() -> str:
+    """What the native kernels run with on this machine: "avx512vnni", "avx2" or "portable"; "torch" without them."""
+    return native.instruction_set() if native.LOADED else "torch"
+
+
+def rms_norm(x: Values, weight: torch.Tensor, eps: float, plus_one: bool = False) -> Values:
+    """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight)."""
+    if isinstance(x, Rows):
+        return x.program.rms_norm(x, weight, eps, plus_one)
+    return reference.rms_norm(x, weight, eps, plus_one)
+
+
+def layer_norm(x: Values, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Values:
+    """(x - mean) / sqrt(variance + eps) * weight + bias."""
+    if isinstance(x, Rows):
+        return x.program.layer_norm(x, weight, bias, eps)
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def matmul(
+    x: Values,
+    matrix: Matrix,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+) -> Values:
+    """x W^T + bias, then the activation; `gated`: W is [gate; up], the result act(gate) * up and half as wide.
+
+    Rows take a NativeWeight, tensors a tensor [n, k] or a PackedMatrix.
+    """
+    if isinstance(x, Rows):
+        if not isinstance(matrix, NativeWeight):
+            raise TypeError(f"a recorded product needs a NativeWeight, not {type(matrix).__name__}")
+        return x.program.matmul(x, matrix, bias=bias, activation=activation, gated=gated)
+    if isinstance(matrix, NativeWeight):
+        raise TypeError("a NativeWeight multiplies recorded Rows, not tensors")
+    return reference.matmul(x, matrix, bias=bias, activation=activation, gated=gated)
+
+
+def add(x: Values, y: Values) -> Values:
+    """x + y, both tensors or both recorded (TypeError)."""
+    if isinstance(x, Rows) and isinstance(y, Rows):
+        return x.program.add(x, y)
+    if isinstance(x, Rows) or isinstance(y, Rows):
+        raise TypeError("a tensor and recorded Rows cannot be added")
+    return x + y
+
+
+def scale(x: Values, factor: float) -> Values:
+    """x * factor."""
+    if isinstance(x, Rows):
+        return x.program.scale(x, factor)
+    return x * factor
+
+
+def softcap(x: Values, cap: float) -> Values:
+    """cap * tanh(x / cap)."""
+    if isinstance(x, Rows):
+        return x.program.softcap(x, cap)
+    return reference.softcap(x, cap)
+
+
+def activation(x: Values, name: str) -> Values:
+    """The function called `name` of every element."""
+    if isinstance(x, Rows):
+        return x.program.activation(x, name)
+    return reference.activation(x, name)
+
+
+def gated_activation(x: Values, name: str) -> Values:
+    """activation(first half of the columns) * second half."""
+    if isinstance(x, Rows):
+        return x.program.gated_activation(x, name)
+    return reference.gated_activation(x, name)

@@ -1,0 +1,380 @@
+"""The Python face of the native runtime: weights in the kernels' layout, and a model recorded once as a `Program`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from textmill.kernels.spec import ACTIVATIONS, AttentionSpec
+
+try:
+    from textmill import _native
+except ImportError:  # not built: the torch reference serves
+    _native = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    import torch
+
+    Array: TypeAlias = NDArray[Any] | torch.Tensor
+
+LOADED = _native is not None
+
+_ACTIVATION_NUMBERS = {"silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4}
+
+
+def instruction_set() -> str:
+    """What the kernels run with: "avx512vnni", "avx2" or "portable"."""
+    return str(_native.instruction_set())
+
+
+def set_instruction_set(name: str) -> bool:
+    """Forces one of the above, for tests; False if this machine lacks it."""
+    return bool(_native.set_instruction_set(name))
+
+
+def set_threads(count: int) -> int:
+    """Threads that native work may use, the caller's included; 0: all cores we may use. Returns how many there are."""
+    return int(_native.set_threads(count))
+
+
+class NativeWeight:
+    """A matrix [n outputs, k inputs] in the layout of the CPU kernels; never changes."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs, inputs."""
+        return self.handle.n, self.handle.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass over the matrix reads."""
+        return int(self.handle.nbytes)
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        """One row as float32 [k]."""
+        out = np.empty(self.shape[1], np.float32)
+        if not 0 <= index < self.shape[0]:
+            raise ValueError(f"row {index} of a matrix with {self.shape[0]} rows")
+        self.handle.row(index, out)
+        return out
+
+
+def pack_weight(codes: Array, scales: Array, offsets: Array | None, zero: int, bits: int, group: int) -> NativeWeight:
+    """A packed matrix: codes uint8 [n, k], scales and offsets float32 [n, k / group] (see spec.PackedMatrix)."""
+    plain_codes = plain(codes, np.uint8)
+    n, k = plain_codes.shape
+    wanted = (n, k // group)
+    parts = [plain(scales, np.float32), *([] if offsets is None else [plain(offsets, np.float32)])]
+    if any(part.shape != wanted for part in parts) or k % group:
+        raise ValueError(f"scales and offsets of a {n} x {k} matrix in groups of {group} must be {wanted}")
+    return NativeWeight(
+        _native.pack_weight(plain_codes, parts[0], parts[1] if offsets is not None else None, zero, bits, group)
+    )
+
+
+def dense_weight(values: Array) -> NativeWeight:
+    """A float matrix [n, k], kept in float32."""
+    return NativeWeight(_native.dense_weight(plain(values, np.float32)))
+
+
+def ggml_unpack(
+    kind: int, blocks: Any, n: int, k: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None, int, int, int]:
+    """Codes, scales, offsets (or None), zero, bits and group of a GGUF tensor's raw blocks, in parallel over rows.
+
+    `kind` is ggml's type number, `blocks` any contiguous memory of bytes. ValueError if the type is not supported or
+    the memory is not the right size for n x k.
+    """
+    layout = _native.ggml_layout(kind)
+    if layout is None:
+        raise ValueError(f"ggml type {kind} has no native reader")
+    bits, group, zero, has_offsets = layout
+    codes = np.empty((n, k), np.uint8)
+    scales = np.empty((n, k // group), np.float32)
+    offsets = np.empty((n, k // group), np.float32) if has_offsets else None
+    _native.ggml_unpack(kind, np.frombuffer(blocks, np.uint8), codes, scales, offsets)
+    return codes, scales, offsets, zero, bits, group
+
+
+def ggml_supported(kind: int) -> bool:
+    """True if `ggml_unpack` reads ggml's type number `kind`."""
+    return LOADED and _native.ggml_layout(kind) is not None
+
+
+def plain(values: Array, dtype: type[np.generic]) -> NDArray[Any]:
+    """Any array or tensor as contiguous numpy memory of `dtype`; copies only if it must."""
+    array: NDArray[Any] = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+class Rows:
+    """A value of a recorded program: a batch of rows with `cols` float32 columns each. Immutable."""
+
+    __slots__ = ("cols", "index", "program")
+
+    def __init__(self, program: Program, index: int, cols: int) -> None:
+        self.program = program
+        self.index = index
+        self.cols = cols
+
+    def __add__(self, other: Rows) -> Rows:
+        return self.program.add(self, other)
+
+    def __mul__(self, factor: float) -> Rows:
+        return self.program.scale(self, factor)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """What a step brought, one entry per work item; the arrays belong to the caller.
+
+    token: -1 where none was chosen. error: 1 = the row's logits hold NaN or +Inf, 2 = its sampling parameters are
+    senseless. top_ids, top_logprobs [n, widest top_n], the first top_count[i] of a row are filled.
+    prompt_logprobs: per row of the step, NaN where not asked for or where the next token was not known; empty if
+    nobody asked.
+    """
+
+    token: NDArray[np.int32]
+    logprob: NDArray[np.float32]
+    error: NDArray[np.uint8]
+    top_count: NDArray[np.int32]
+    top_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+    prompt_logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class OperationProfile:
+    """Time and work of one kind of operation since the last reset."""
+
+    name: str
+    calls: int
+    seconds: float
+    bytes: int
+    macs: int
+
+
+class Program:
+    """A model recorded as a list of operations, its slot table, its key/value cache and its sampler.
+
+    Recording: embed, then layers' operations on `Rows`, `outputs`, the head's operations, `finish`. Then `allocate`.
+    One recording serves steps of any number of rows. A step is one native call that holds no GIL.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_slots: int,
+        max_total_tokens: int,
+        vocab_size: int,
+        max_outputs: int = 64,
+        max_top_n: int = 32,
+        block_size: int = 16,
+        kv_dtype: str = "float16",
+        threads: int = 0,
+    ) -> None:
+        if kv_dtype not in ("float16", "float32"):
+            raise ValueError(f"kv_dtype must be float16 or float32, not {kv_dtype}")
+        set_threads(threads)
+        self.max_rows, self.max_slots, self.vocab_size = max_rows, max_slots, vocab_size
+        self.max_total_tokens, self.max_top_n, self.block_size = max_total_tokens, max_top_n, block_size
+        self.kv_dtype = kv_dtype
+        self.tokens = np.zeros((max_slots, max_total_tokens + 1), np.int32)
+        self.length = np.zeros(max_slots, np.int32)
+        self.block_table = np.zeros((max_slots, -(-max_total_tokens // block_size) + 1), np.int32)
+        self.temperature = np.ones(max_slots, np.float32)
+        self.top_p = np.ones(max_slots, np.float32)
+        self.typical_p = np.ones(max_slots, np.float32)
+        self.repetition_penalty = np.ones(max_slots, np.float32)
+        self.frequency_penalty = np.zeros(max_slots, np.float32)
+        self.top_k = np.zeros(max_slots, np.int32)
+        self.draws = np.zeros(max_slots, np.uint8)
+        self.seed = np.zeros(max_slots, np.uint64)
+        self.top_n = np.zeros(max_slots, np.int32)
+        self.prompt_logprobs = np.zeros(max_slots, np.uint8)
+        self._kept: dict[int, tuple[Array, NDArray[np.float32]]] = {}
+        sizes = (max_rows, max_outputs, max_slots, max_total_tokens, block_size, vocab_size, kv_dtype == "float16")
+        self._native = _native.Program(*sizes, self._table())
+
+    def _table(self) -> dict[str, NDArray[Any]]:
+        names = (
+            "tokens", "length", "block_table", "temperature", "top_p", "typical_p", "repetition_penalty",
+            "frequency_penalty", "top_k", "draws", "seed", "top_n", "prompt_logprobs",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    # Recording
+
+    def embed(self, weight: NativeWeight, scale: float = 1.0) -> Rows:
+        """Rows of the embedding table `weight` [vocabulary, columns] for the step's tokens, times `scale`."""
+        return self._rows(self._native.embed(weight.handle, scale))
+
+    def rms_norm(self, x: Rows, weight: Array, eps: float, plus_one: bool = False) -> Rows:
+        """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight)."""
+        factors = plain(weight, np.float32)
+        return self._rows(self._native.rms_norm(self._own(x), self._keep(factors + 1 if plus_one else factors), eps))
+
+    def layer_norm(self, x: Rows, weight: Array, bias: Array | None, eps: float) -> Rows:
+        """(x - mean) / sqrt(variance + eps) * weight + bias."""
+        return self._rows(self._native.layer_norm(self._own(x), self._keep(weight), self._keep_if(bias), eps))
+
+    def add(self, x: Rows, y: Rows) -> Rows:
+        """x + y. If one of them is a product that nothing else reads, this becomes part of that product."""
+        return self._rows(self._native.add(self._own(x), self._own(y)))
+
+    def scale(self, x: Rows, factor: float) -> Rows:
+        """x * factor."""
+        return self._rows(self._native.scale(self._own(x), factor))
+
+    def softcap(self, x: Rows, cap: float) -> Rows:
+        """cap * tanh(x / cap)."""
+        return self._rows(self._native.softcap(self._own(x), cap))
+
+    def activation(self, x: Rows, name: str) -> Rows:
+        """The function called `name` (spec.ACTIVATIONS) of every element."""
+        return self._rows(self._native.activation(self._own(x), _number(name)))
+
+    def gated_activation(self, x: Rows, name: str) -> Rows:
+        """activation(first half of the columns) * second half."""
+        return self._rows(self._native.gated_activation(self._own(x), _number(name)))
+
+    def matmul(
+        self,
+        x: Rows,
+        weight: NativeWeight,
+        *,
+        bias: Array | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+    ) -> Rows:
+        """x W^T + bias, then the activation; `gated`: W is [gate; up], the result act(gate) * up and half as wide."""
+        number = _number(activation) if activation else 0
+        return self._rows(self._native.matmul(self._own(x), weight.handle, self._keep_if(bias), number, gated))
+
+    def attend(self, qkv: Rows, layer: int, spec: AttentionSpec) -> Rows:
+        """Stores the rows' keys and values in layer `layer` of the cache and attends over it (see AttentionSpec)."""
+        tables = (spec.alibi, spec.rope_cos, spec.rope_sin, spec.q_norm, spec.k_norm)
+        alibi, cos, sin, q_norm, k_norm = (self._keep_if(table) for table in tables)
+        sizes = (spec.heads, spec.kv_heads, spec.head_dim)
+        return self._rows(
+            self._native.attend(
+                self._own(qkv),
+                layer,
+                *sizes,
+                spec.scale,
+                spec.window,
+                spec.softcap,
+                alibi,
+                cos,
+                sin,
+                spec.rope_interleaved,
+                q_norm,
+                k_norm,
+                spec.norm_eps,
+            )
+        )
+
+    def outputs(self, x: Rows) -> Rows:
+        """Only the rows whose logits are wanted; what follows is the head and may read nothing from before."""
+        return self._rows(self._native.outputs(self._own(x)))
+
+    def finish(self, logits: Rows) -> None:
+        """Ends the recording: `logits` [rows, vocab_size] feed the sampler. Plans the memory of all values."""
+        self._native.finish(self._own(logits))
+
+    # Memory
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of `block_size` tokens' keys and values in all layers; known after `finish`."""
+        return int(self._native.kv_bytes_per_block)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the memory that all values of a step share; touched as far as steps need it."""
+        return int(self._native.arena_bytes)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Reserves the key/value cache; pages are touched when blocks are first written."""
+        self._native.allocate(num_blocks)
+
+    # Running
+
+    def run(self, work: NDArray[np.int32]) -> StepArrays:
+        """Computes the rows (slot, start, count, samples) of `work` int32 [n, 4] and chooses tokens where `samples`.
+
+        A chosen token is appended to its slot (tokens, length). `samples` asks for start + count == length[slot].
+        ValueError, before anything is touched: work that the table, the cache or the program's limits do not allow.
+        """
+        return self._step(work, None, sample=True, every_row=False)
+
+    def logits(self, work: NDArray[np.int32], *, every_row: bool = False) -> NDArray[np.float32]:
+        """The raw logits of a step [output rows, vocab_size] (of all its rows if `every_row`); chooses nothing."""
+        counts = work[:, 2]
+        wanted = np.where((self.prompt_logprobs[work[:, 0]] != 0) | every_row, counts, work[:, 3] != 0)
+        out = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
+        self._step(work, out, sample=False, every_row=every_row)
+        return out
+
+    def _step(
+        self, work: NDArray[np.int32], logits: NDArray[np.float32] | None, *, sample: bool, every_row: bool
+    ) -> StepArrays:
+        count, slots = len(work), work[:, 0]
+        known = slots[(slots >= 0) & (slots < self.max_slots)]
+        width = int(self.top_n[known].max(initial=0))
+        rows = int(work[:, 2].sum()) if self.prompt_logprobs[known].any() else 0
+        out = StepArrays(
+            np.empty(count, np.int32),
+            np.empty(count, np.float32),
+            np.empty(count, np.uint8),
+            np.empty(count, np.int32),
+            np.empty((count, min(width, self.max_top_n)), np.int32),
+            np.empty((count, min(width, self.max_top_n)), np.float32),
+            np.empty(max(rows, 0), np.float32),
+        )
+        arrays = (out.token, out.logprob, out.error, out.top_count, out.top_ids, out.top_logprobs, out.prompt_logprobs)
+        self._native.run(np.ascontiguousarray(work, np.int32), *arrays, logits, sample, every_row)
+        return out
+
+    def set_profiling(self, enabled: bool) -> None:
+        """Whether steps take the time of every operation."""
+        self._native.profiling = enabled
+
+    def profile(self) -> list[OperationProfile]:
+        """Time and work by kind of operation, the longest first."""
+        return [OperationProfile(*entry) for entry in sorted(self._native.profile(), key=lambda e: -e[2])]
+
+    def reset_profile(self) -> None:
+        self._native.reset_profile()
+
+    # Helpers
+
+    def _rows(self, index: int) -> Rows:
+        return Rows(self, index, self._native.columns(index))
+
+    def _own(self, x: Rows) -> int:
+        if x.program is not self:
+            raise ValueError("Rows of another program")
+        return x.index
+
+    def _keep(self, values: Array) -> NDArray[np.float32]:
+        """Contiguous float32 memory that lives as long as the program; one copy, however many layers share it."""
+        if id(values) not in self._kept:
+            self._kept[id(values)] = (values, plain(values, np.float32))
+        return self._kept[id(values)][1]
+
+    def _keep_if(self, values: Array | None) -> NDArray[np.float32] | None:
+        return None if values is None else self._keep(values)
+
+
+def _number(name: str) -> int:
+    return _ACTIVATION_NUMBERS[ACTIVATIONS[name]]

@@ -1,0 +1,177 @@
+"""The meaning of every kernel in a few lines of torch, on any device; the fast kernels are tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from textmill.kernels.spec import ACTIVATIONS, CHUNK, AttentionSpec, PackedMatrix
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_erf": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (or * (1 + weight)), computed in float32."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * (weight.float() + 1.0 if plus_one else weight.float())).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias."""
+    wide_bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide_bias, eps).to(x.dtype)
+
+
+def activation(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The function called `name` (spec.ACTIVATIONS) of every element."""
+    return FUNCTIONS[ACTIVATIONS[name]](x)
+
+
+def gated_activation(x: torch.Tensor, name: str) -> torch.Tensor:
+    """activation(first half of the columns) * second half."""
+    gate, up = x.chunk(2, dim=-1)
+    return activation(gate, name) * up
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap): bounded by cap, nearly x where x is small."""
+    return torch.tanh(x / cap) * cap
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as the packed product sees them: codes [rows, chunks, 32] and scales [rows, chunks], in float32.
+
+    Per row and chunk of 32 inputs: s = max|x| / 127, a = round(x / s), a in -127..127; the last chunk is padded with 0.
+    """
+    padded = F.pad(x.float(), (0, -x.shape[-1] % CHUNK)).reshape(*x.shape[:-1], -1, CHUNK)
+    scales = padded.abs().amax(-1) / 127.0
+    codes = torch.round(padded / torch.where(scales > 0, scales, 1.0).unsqueeze(-1))
+    return codes, scales
+
+
+def dequantize(matrix: PackedMatrix) -> torch.Tensor:
+    """The float32 [n, k] matrix that the codes stand for."""
+    codes = (matrix.codes.float() - matrix.zero).reshape(*matrix.scales.shape, matrix.group)
+    grouped = codes * matrix.scales.unsqueeze(-1)
+    if matrix.offsets is not None:
+        grouped = grouped + matrix.offsets.unsqueeze(-1)
+    return grouped.flatten(-2)
+
+
+def matmul(
+    x: torch.Tensor,
+    matrix: torch.Tensor | PackedMatrix,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """x W^T (+ bias), then the activation; `gated`: W is [gate; up] and the result act(gate) * up, half as wide.
+
+    A packed W multiplies quantized activations (quantize_rows); a float W multiplies x itself.
+    """
+    if isinstance(matrix, torch.Tensor):
+        y = F.linear(x, matrix)
+    else:
+        codes, scales = quantize_rows(x)
+        approximate = (codes * scales.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
+        y = (approximate @ dequantize(matrix).T).to(x.dtype)
+    if bias is not None:
+        y = y + bias
+    if gated:
+        return gated_activation(y, activation) if activation else torch.mul(*y.chunk(2, dim=-1))
+    return FUNCTIONS[ACTIVATIONS[activation]](y) if activation else y
+
+
+def rotate(
+    x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """Turns the first 2 * cos.shape[-1] numbers of every head of x [rows, heads, head_dim] by its position's angles."""
+    half = cos.shape[-1]
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (
+        (turning[..., 0::2], turning[..., 1::2]) if interleaved else (turning[..., :half], turning[..., half:])
+    )
+    turned = first * cos - second * sin, second * cos + first * sin
+    together = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((together, rest), dim=-1)
+
+
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of x [rows, heads, head_dim] per head, or over all heads if the weight is as long as all of them."""
+    if weight.numel() == x.shape[-1]:
+        return rms_norm(x, weight, eps)
+    return rms_norm(x.flatten(1), weight, eps).view_as(x)
+
+
+def split_qkv(
+    qkv: torch.Tensor, positions: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys (normed and rotated) and values of the rows: [rows, heads or kv_heads, head_dim] each, float32."""
+    heads = qkv.float().reshape(qkv.shape[0], -1, spec.head_dim)
+    q, k, v = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+    if spec.q_norm is not None:
+        q = head_norm(q, spec.q_norm, spec.norm_eps)
+    if spec.k_norm is not None:
+        k = head_norm(k, spec.k_norm, spec.norm_eps)
+    if spec.rope_cos is not None and spec.rope_sin is not None:
+        q = rotate(q, positions, spec.rope_cos, spec.rope_sin, spec.rope_interleaved)
+        k = rotate(k, positions, spec.rope_cos, spec.rope_sin, spec.rope_interleaved)
+    return q, k, v
+
+
+def attend_one(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, spec: AttentionSpec
+) -> torch.Tensor:
+    """Attention of queries [count, heads, head_dim] at positions start.. over all keys [tokens, kv_heads, head_dim]."""
+    repeat = spec.heads // spec.kv_heads
+    keys, values = (x.float().repeat_interleave(repeat, dim=1) for x in (keys, values))
+    scores = torch.einsum("ihd,jhd->hij", q * spec.scale, keys)
+    if spec.softcap > 0:
+        scores = softcap(scores, spec.softcap)
+    i = torch.arange(start, start + q.shape[0], device=q.device).unsqueeze(1)
+    j = torch.arange(keys.shape[0], device=q.device)
+    if spec.alibi is not None:
+        scores = scores + spec.alibi.view(-1, 1, 1) * (j - i)
+    hidden = (j > i) | (i - j >= spec.window) if spec.window else j > i
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_table: torch.Tensor,
+    work: Sequence[tuple[int, int, int]],
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Paged attention of one layer: stores the rows' keys and values, then every row reads the cache only.
+
+    qkv: [rows, (heads + 2 kv_heads) head_dim], the rows of `work` one after the other. keys, values (written in place):
+    [blocks, kv_heads, block_size, head_dim], any float type. block_table: [slots, blocks of a slot] integers.
+    work: (slot, start, count): rows of `slot` at positions start .. start + count. Returns [rows, heads * head_dim].
+    """
+    size = keys.shape[2]
+    ranges = [torch.arange(start, start + count, device=qkv.device) for _, start, count in work]
+    q, k, v = split_qkv(qkv, torch.cat(ranges), spec)
+    outputs = []
+    row = 0
+    for (slot, start, count), positions in zip(work, ranges, strict=True):
+        own = slice(row, row + count)
+        blocks = block_table[slot, positions // size].long()
+        keys[blocks, :, positions % size] = k[own].to(keys.dtype)
+        values[blocks, :, positions % size] = v[own].to(values.dtype)
+        everything = block_table[slot, : (start + count + size - 1) // size].long()
+        past = [x[everything].transpose(1, 2).flatten(0, 1)[: start + count] for x in (keys, values)]
+        outputs.append(attend_one(q[own], past[0], past[1], start, spec))
+        row += count
+    return torch.cat(outputs).flatten(1).to(qkv.dtype)

@@ -1,0 +1,85 @@
+"""What a kernel must know beside its operands; read alike by the torch reference and the native code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+# Names in checkpoints' configurations -> the functions we have.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu_erf",
+    "gelu_erf": "gelu_erf",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# Activations are quantized per row in chunks of this many inputs; the last chunk of a row may be shorter.
+CHUNK = 32
+
+
+class PackedMatrix(Protocol):
+    """A weight [n, k] in integer codes: w[o, i] = scales[o, i / group] * (codes[o, i] - zero) + offsets[o, i / group].
+
+    `codes` uint8 [n, k] (below 2 ** bits; bits is 4 or 8), `scales` and `offsets` (None: all zero) float32
+    [n, k / group]. `quant.packed.Packed` is one.
+    """
+
+    @property
+    def codes(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor: ...
+    @property
+    def offsets(self) -> torch.Tensor | None: ...
+    @property
+    def zero(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """The keys and values of one layer; `dtype` is "float16" or "float32"."""
+
+    kv_heads: int
+    head_dim: int
+    dtype: str = "float16"
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Bytes that `block_size` tokens take in this layer. The native cache pads head_dim to a multiple of 8."""
+        padded = (self.head_dim + 7) // 8 * 8
+        return 2 * self.kv_heads * padded * block_size * (2 if self.dtype == "float16" else 4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSpec:
+    """Causal attention of one layer over rows q | k | v of (heads + 2 * kv_heads) * head_dim numbers.
+
+    score(i, j) = softcap(scale * q_i . k_j) + alibi[head] * (j - i), for j <= i and, with a window, i - j < window.
+    Order: optional RMS norm of each q and k head (weight [head_dim], or over all heads with weight
+    [heads * head_dim]), rotation, store, scores. `rope_cos`, `rope_sin`: float32 [positions, rotary_dim / 2]; the first
+    rotary_dim numbers of a head turn, as halves (NeoX) or, if `rope_interleaved`, as neighbouring pairs.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    alibi: torch.Tensor | None = None
+    rope_cos: torch.Tensor | None = None
+    rope_sin: torch.Tensor | None = None
+    rope_interleaved: bool = False
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    norm_eps: float = 1e-6
