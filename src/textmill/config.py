@@ -89,7 +89,7 @@ class Settings:
         128,
         ESSENTIALS,
         "Requests in the house at once, over all routers; beyond them clients get 429.",
-        maximum=1 << 20,
+        maximum=1_000_000,
     )
     max_input_tokens: int | None = setting(
         None, ESSENTIALS, "Longest prompt, in tokens.", default_help="max-total-tokens minus 1"
@@ -155,6 +155,7 @@ class Settings:
     )
     disable_custom_kernels: bool = setting(False, COMPUTE, "The same as --kernels torch.")
 
+    validation_workers: int = setting(2, WEB, "Threads of each router that tokenize long prompts.")
     cors_allow_origin: tuple[str, ...] = setting(
         (), WEB, "Origin that browsers may call from; may be repeated.", default_help="any"
     )
@@ -184,7 +185,6 @@ class Settings:
     )
     profile: bool = setting(False, LOGS, "Log where each engine step's time goes.")
 
-    validation_workers: int = setting(2, NO_EFFECT, "A router tokenizes in its own process; see --router-workers.")
     waiting_served_ratio: float = setting(0.3, NO_EFFECT, "Prompts are cut into chunks; nothing waits for a ratio.")
     max_waiting_tokens: int = setting(20, NO_EFFECT, "Prompts are cut into chunks; nothing waits for decode steps.")
     prometheus_port: int = setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,13 @@ from textmill.config import GROUPS, Settings, env_name, flag_name
 TRUE = ("true", "1", "yes", "on", "t", "y")
 FALSE = ("false", "0", "no", "off", "f", "n")
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic only in click's newest versions
 
-class SettingType(click.ParamType):
+
+class SettingType(ParamType):
     """Turns the text of one flag or environment variable into the field's type; errors name what is allowed."""
 
     envvar_list_splitter = ","
@@ -98,14 +103,18 @@ def option(one: Field[Any]) -> click.Option:
 
 def help_text(one: Field[Any]) -> str:
     """The help line: what it does, its environment name and its default."""
-    default = one.metadata["default_help"]
-    if not default and one.default not in (None, (), False):
-        shown = one.default
-        default = (
-            ",".join(map(str, shown)) if isinstance(shown, tuple) else str(shown).lower() if shown is True else shown
-        )
-    parts = [f"env: {env_name(one)}"] + ([f"default: {default}"] if default != "" else [])
+    default = one.metadata["default_help"] or default_text(one.default)
+    parts = [f"env: {env_name(one)}"] + ([f"default: {default}"] if default else [])
     return f"{one.metadata['text']} [{'; '.join(parts)}]"
+
+
+def default_text(default: object) -> str:
+    """A default as people write it; nothing for the empty ones."""
+    if default is None or default is False or default == ():
+        return ""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "true" if default is True else str(default)
 
 
 def options() -> list[click.Option]:
