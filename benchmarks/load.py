@@ -13,13 +13,13 @@ import random
 import time
 from dataclasses import dataclass, field
 
-WORDS = (
+WORDS = (  # noqa: SIM905 - words read better than quoted items
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
     "mother area money story fact month lot right study book eye job word business issue side kind head house service "
     "friend father power hour game line end member law car city community name president team minute idea body "
     "information back parent face others level office door health person art war history party result change morning"
-).split()  # noqa: SIM905 - words read better than quoted items
+).split()
 
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -6,8 +6,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from textmill.kernels.native import Rows
-from textmill.kernels.spec import AttentionSpec
+from textmill.kernels.native import NativeWeight, Rows
+from textmill.kernels.spec import AttentionSpec, PackedMatrix
 
 # A batch of token rows [rows, columns]: a torch tensor (eager), or a handle while a program is recorded.
 Hidden: TypeAlias = Tensor | Rows
@@ -29,4 +29,4 @@ class Context(Protocol):
 class Stored(Protocol):
     """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
 
-    def form_for(self, x: Hidden | None) -> object: ...
+    def form_for(self, x: Hidden | None) -> NativeWeight | PackedMatrix | Tensor: ...

@@ -53,14 +53,14 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     shape = shape_of(settings, c)
     report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
     model = build_model(c, View(checkpoint))
-    executor, plan = build_executor(settings, model, c, shape, native=native)
+    executor, plan = build_executor(settings, model, c, shape, packed=checkpoint.packed, native=native)
     check_all_read(checkpoint)
     report("load", "weights are in place", seconds=time.perf_counter() - started)
     limits = limits_of(settings, c, shape, plan)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     seconds = warm_up(executor, limits)
     report("warmup", "first step done", seconds=seconds)
-    return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor)
+    return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor.dtype)
 
 
 def uses_native(settings: Settings) -> bool:
@@ -84,9 +84,12 @@ def shape_of(settings: Settings, c: ModelConfig) -> Shape:
 
 
 def build_executor(
-    settings: Settings, model: CausalLM, c: ModelConfig, shape: Shape, *, native: bool
+    settings: Settings, model: CausalLM, c: ModelConfig, shape: Shape, *, packed: bool, native: bool
 ) -> tuple[Executor, CachePlan]:
-    """The executor with its cache allocated; the cache is sized after the weights are in memory."""
+    """The executor with its cache allocated; the cache is sized after the weights are in memory.
+
+    Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values.
+    """
     if native:
         from textmill.kernels.native import Program
         from textmill.runner.native_executor import NativeExecutor
@@ -98,10 +101,10 @@ def build_executor(
             block_size=BLOCK_SIZE,
             vocab_size=c.vocab_size,
             max_top_n=shape.max_top_n,
-            kv_dtype="float32" if keeps_float32(settings, c) else "float16",
+            kv_dtype="float16" if packed else "float32",
             threads=shape.threads,
         )
-        executor = NativeExecutor(model, program)
+        executor = NativeExecutor(model, program, dtype="packed" if packed else "float32")
         plan = sized(settings, shape, program.kv_bytes_per_block)
         program.allocate(plan.num_blocks)
         return executor, plan
@@ -109,11 +112,6 @@ def build_executor(
 
     plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE))
     return TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks), plan
-
-
-def keeps_float32(settings: Settings, c: ModelConfig) -> bool:
-    """Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values."""
-    return settings.dtype == "float32" or not c.packed
 
 
 def sized(settings: Settings, shape: Shape, bytes_per_block: int) -> CachePlan:
@@ -162,7 +160,7 @@ def memory_table(executor: Executor, plan: CachePlan, limits: RunnerLimits) -> l
 
 
 def engine_info(
-    settings: Settings, source: ModelSource, c: ModelConfig, limits: RunnerLimits, executor: Executor
+    settings: Settings, source: ModelSource, c: ModelConfig, limits: RunnerLimits, dtype: str
 ) -> EngineInfo:
     longest = settings.max_input_tokens or settings.max_input_length or limits.max_total_tokens - 1
     if longest >= limits.max_total_tokens:
@@ -172,9 +170,9 @@ def engine_info(
         "model_path": str(source.path),
         "model_type": c.model_type,
         "revision": source.revision or "",
-        "dtype": executor.dtype,
+        "dtype": dtype,
         "device": "cpu",
-        "quantize": "gguf" if c.packed and settings.dtype != "float32" else "",
+        "quantize": "gguf" if dtype == "packed" else "",
         "vocab_size": limits.vocab_size,
         "max_input_tokens": longest,
         "max_total_tokens": limits.max_total_tokens,

@@ -34,10 +34,19 @@ class Recorder:
 class NativeExecutor:
     """Runs a recorded model; the program owns the slot tables, the key/value cache and the sampler."""
 
-    def __init__(self, model: CausalLM, program: Program) -> None:
+    def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
         program.finish(model(Recorder(program)))
         self.program = program
         self.tables = program
+        self.dtype = dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.program.weight_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.program.arena_bytes
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         rows = np.array([(w.slot, w.start, w.count, w.samples) for w in work], dtype=np.int32)

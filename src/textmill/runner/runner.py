@@ -15,10 +15,17 @@ from textmill.runner.slots import Tables, apply
 class Executor(Protocol):
     """Computes one step's work over the tables and samples where asked; the result is parallel to `work`."""
 
-    tables: Tables
-    weight_bytes: int
-    buffer_bytes: int
-    dtype: str
+    @property
+    def tables(self) -> Tables: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def buffer_bytes(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]: ...
 

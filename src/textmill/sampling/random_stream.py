@@ -29,5 +29,5 @@ def philox4x32(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tupl
 
 def uniform(seed: int, position: int) -> float:
     """The draw in [0, 1), 53 bits, for the token that will stand at `position` of a sequence with this seed."""
-    low, high, _, _ = philox4x32((seed & _MASK, (seed >> 32) & _MASK), (position & _MASK, 0, 0, 0))
-    return (((high << 32) | low) >> 11) * 2.0**-53
+    first, second, _, _ = philox4x32((seed & _MASK, (seed >> 32) & _MASK), (position & _MASK, 0, 0, 0))
+    return ((first >> 5) * (1 << 26) + (second >> 6)) * 2.0**-53

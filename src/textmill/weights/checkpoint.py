@@ -39,6 +39,11 @@ class Checkpoint(ABC):
         """The view from which a model pulls its weights."""
         return View(self)
 
+    @property
+    def packed(self) -> bool:
+        """True if some matrix comes as integer codes; False for a float checkpoint, which is computed exactly."""
+        return False
+
     @abstractmethod
     def names(self) -> list[str]: ...
 
@@ -104,6 +109,12 @@ class GgufCheckpoint(Checkpoint):
             if renamed in self._tensors:
                 raise ModelError(f"{path}: {name}: another tensor is called {renamed} already")
             self._tensors[renamed] = tensor
+
+    @property
+    def packed(self) -> bool:
+        from textmill.quant import ggml
+
+        return not self._dequantize and any(ggml.can_pack(t.ggml_type) for t in self._tensors.values())
 
     def names(self) -> list[str]:
         return list(self._tensors)

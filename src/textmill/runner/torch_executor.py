@@ -1,0 +1,117 @@
+"""A step in plain torch, on any device: slow, and the meaning of what the native program computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from textmill.core import Sampled, SlotWork
+from textmill.kernels import reference
+from textmill.kernels.spec import AttentionSpec
+from textmill.layers.causal_lm import CausalLM
+from textmill.layers.types import Hidden, Stored
+from textmill.runner.slots import SlotTables, sampling_of
+from textmill.sampling.sampler import choose, prompt_logprobs
+
+NOT_FINITE = "the model's output for this request is not a finite number"
+
+
+def bytes_per_block(model: CausalLM, block_size: int) -> int:
+    """Keys and values of one block in all layers, float32."""
+    return sum(2 * spec.kv_heads * spec.head_dim * block_size * 4 for spec in model.attention_layers)
+
+
+class EagerContext:
+    """One step as the layers of an eager model see it."""
+
+    def __init__(self, work: Sequence[SlotWork], tables: SlotTables, cache: list[tuple[Tensor, Tensor]]) -> None:
+        self._work = [(w.slot, w.start, w.count) for w in work]
+        self._block_table = torch.from_numpy(tables.block_table)
+        self._cache = cache
+        known = [torch.from_numpy(tables.tokens[w.slot, w.start : w.start + w.count]).long() for w in work]
+        self._tokens = torch.cat(known)
+        self._wanted = torch.tensor(wanted_rows(work, tables), dtype=torch.int64)
+
+    def embed(self, table: Stored, scale: float = 1.0) -> Tensor:
+        matrix = table.form_for(self._tokens)
+        if isinstance(matrix, Tensor):
+            return matrix[self._tokens] * scale
+        if isinstance(matrix, reference.PackedMatrix):
+            return reference.dequantize(matrix)[self._tokens] * scale
+        raise TypeError("an eager step needs a torch table")
+
+    def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Tensor:
+        if not isinstance(qkv, Tensor):
+            raise TypeError("an eager step needs tensors")
+        keys, values = self._cache[layer]
+        return reference.attend(qkv, keys, values, self._block_table, self._work, spec)
+
+    def outputs(self, x: Hidden) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError("an eager step needs tensors")
+        return x[self._wanted]
+
+
+def wanted_rows(work: Sequence[SlotWork], tables: SlotTables) -> list[int]:
+    """Rows of the step whose logits are needed: all of a slot with prompt log-probabilities, else a sampled last one."""
+    rows: list[int] = []
+    first = 0
+    for item in work:
+        if tables.prompt_logprobs[item.slot]:
+            rows += range(first, first + item.count)
+        elif item.samples:
+            rows.append(first + item.count - 1)
+        first += item.count
+    return rows
+
+
+class TorchExecutor:
+    """Runs the model's own Python on every step; keys and values are float32."""
+
+    dtype = "float32"
+    weight_bytes = 0
+    buffer_bytes = 0
+
+    def __init__(
+        self, model: CausalLM, max_slots: int, max_total_tokens: int, block_size: int, num_blocks: int
+    ) -> None:
+        self.tables = SlotTables(max_slots, max_total_tokens, block_size)
+        self.logits = torch.empty(0)  # of the last step's wanted rows, for tests
+        self._model = model
+        self._cache = [
+            (torch.zeros(shape), torch.zeros(shape))
+            for shape in ((num_blocks, s.kv_heads, block_size, s.head_dim) for s in model.attention_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
+        logits = self._model(EagerContext(work, self.tables, self._cache))
+        if not isinstance(logits, Tensor):
+            raise TypeError("an eager model must return a tensor")
+        self.logits = logits
+        out: list[Sampled] = []
+        row = 0
+        for item in work:
+            rows = item.count if self.tables.prompt_logprobs[item.slot] else int(item.samples)
+            out.append(self._finish(item, logits[row : row + rows]))
+            row += rows
+        return out
+
+    def _finish(self, item: SlotWork, logits: Tensor) -> Sampled:
+        """Log-probabilities of the prompt tokens the rows predicted, then the next token from the last row."""
+        slot, tables = item.slot, self.tables
+        known = torch.from_numpy(tables.tokens[slot, : tables.length[slot]])
+        scored: tuple[float, ...] = ()
+        if tables.prompt_logprobs[slot]:
+            following = known[item.start + 1 : item.start + 1 + item.count]
+            scored = tuple(prompt_logprobs(logits[: len(following)], following).tolist())
+        if not item.samples:
+            return Sampled(slot, None, scored)
+        token = choose(logits[-1:], [sampling_of(tables, slot)], [known], [int(tables.top_n[slot])])[0]
+        if token is None:
+            return Sampled(slot, None, scored, NOT_FINITE)
+        tables.tokens[slot, tables.length[slot]] = token.id
+        tables.length[slot] += 1
+        return Sampled(slot, token, scored)
