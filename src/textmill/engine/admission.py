@@ -1,0 +1,46 @@
+"""Whether a request can be served at all: a pure check against the limits, with a sentence for the client."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from textmill.core import Request, RunnerLimits, Sampling
+
+
+def longest_total(limits: RunnerLimits, max_total_tokens: int | None = None) -> int:
+    """The most tokens (prompt and output) one sequence may have: the model's, the setting's and the memory's bound."""
+    bounds = [limits.max_total_tokens, limits.num_blocks * limits.block_size]
+    return min(bounds if max_total_tokens is None else [*bounds, max_total_tokens])
+
+
+def refusal(request: Request, total: int, vocab_size: int) -> str:
+    """Why the request cannot be served; empty if it can. `total` is from `longest_total`."""
+    tokens = request.tokens
+    if not tokens:
+        return "the prompt has no tokens"
+    if len(tokens) + 1 > total:
+        return f"the prompt has {len(tokens)} tokens, and one more would exceed the {total} that one request may have"
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        return f"the prompt holds a token id outside the vocabulary of {vocab_size}"
+    if request.max_new_tokens < 1:
+        return "max_new_tokens must be at least 1"
+    if not 0 <= request.top_n_tokens <= vocab_size:
+        return f"top_n_tokens must be between 0 and {vocab_size}"
+    return sampling_refusal(request.sampling)
+
+
+def sampling_refusal(sampling: Sampling) -> str:
+    """Why these sampling numbers cannot be used; empty if they can. Not-a-number fails every comparison."""
+    if not (isfinite(sampling.temperature) and sampling.temperature > 0):
+        return "temperature must be a positive number"
+    if sampling.top_k < 0:
+        return "top_k must not be negative"
+    if not 0 < sampling.top_p <= 1:
+        return "top_p must be above 0 and at most 1"
+    if not 0 < sampling.typical_p <= 1:
+        return "typical_p must be above 0 and at most 1"
+    if not (isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        return "repetition_penalty must be a positive number"
+    if not isfinite(sampling.frequency_penalty):
+        return "frequency_penalty must be a finite number"
+    return ""

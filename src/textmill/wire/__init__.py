@@ -1,0 +1,1 @@
+"""gRPC between routers and the engine: messages, conversion, server, client."""
