@@ -1,0 +1,181 @@
+// The public functions of matmul.h: builds weights, and picks the instruction set once, at run time.
+// Compile flags: -O3 -ffp-contract=off
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "matmul_impl.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace textmill {
+namespace {
+
+using namespace matmul_detail;
+
+bool machine_has(const Kernels* kernels) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (kernels == &kAvx2Kernels) return avx2;
+  if (kernels == &kAvx512VnniKernels) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+  return kernels == &kPortableKernels;
+}
+
+// Best first.
+const Kernels* const kCandidates[] = {
+#if defined(__x86_64__)
+    &kAvx512VnniKernels, &kAvx2Kernels,
+#endif
+    &kPortableKernels};
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* current = chosen.load(std::memory_order_acquire);
+  if (current) return *current;
+  for (const Kernels* candidate : kCandidates) {
+    if (!machine_has(candidate)) continue;
+    chosen.store(candidate, std::memory_order_release);
+    return *candidate;
+  }
+  return kPortableKernels;
+}
+
+// Zeroed memory, on huge pages where they can be had: a pass over the weights then costs few page walks.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) {
+    constexpr size_t kHuge = size_t{2} << 20;
+    const size_t alignment = bytes >= kHuge ? kHuge : 64;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(alignment, rounded ? rounded : alignment));
+    if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+    std::memset(data_, 0, rounded);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t* data_;
+};
+
+class PackedWeight final : public Weight {
+ public:
+  PackedWeight(const PackedView& view, size_t bytes) : view_(view), buffer_(bytes), bytes_(bytes) {
+    n = view.n;
+    k = view.k;
+    view_.data = buffer_.data();
+  }
+  uint8_t* data() { return buffer_.data(); }
+  size_t bytes() const override { return bytes_; }
+  bool quantized() const override { return true; }
+  void matmul(const void* x, int64_t, int64_t rows, int64_t column_begin, int64_t column_end, float* out,
+              int64_t out_stride, const Epilogue& epilogue) const override {
+    kernels().packed(view_, static_cast<const uint8_t*>(x), rows, column_begin, column_end,
+                     Output{out, out_stride, &epilogue});
+  }
+  void dequantize_row(int64_t row, float* out) const override { unpack_row(view_, row, out); }
+
+ private:
+  PackedView view_;
+  Buffer buffer_;
+  size_t bytes_;
+};
+
+class DenseWeight final : public Weight {
+ public:
+  DenseWeight(int64_t outputs, int64_t inputs)
+      : buffer_(static_cast<size_t>((outputs + kColumnBlock - 1) / kColumnBlock * kColumnBlock * inputs) * 4) {
+    n = outputs;
+    k = inputs;
+  }
+  float* data() const { return reinterpret_cast<float*>(buffer_.data()); }
+  size_t bytes() const override { return static_cast<size_t>(n * k) * 4; }
+  bool quantized() const override { return false; }
+  void matmul(const void* x, int64_t x_stride, int64_t rows, int64_t column_begin, int64_t column_end, float* out,
+              int64_t out_stride, const Epilogue& epilogue) const override {
+    kernels().dense(DenseView{data(), n, k}, static_cast<const float*>(x), x_stride, rows, column_begin, column_end,
+                    Output{out, out_stride, &epilogue});
+  }
+  void dequantize_row(int64_t row, float* out) const override {
+    const float* block = data() + row / kColumnBlock * kColumnBlock * k + row % kColumnBlock;
+    for (int64_t i = 0; i < k; ++i) out[i] = block[i * kColumnBlock];
+  }
+
+ private:
+  Buffer buffer_;
+};
+
+bool all_halves(const float* values, int64_t count) {
+  uint16_t half;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!float_to_half_exact(values[i], &half)) return false;
+  }
+  return true;
+}
+
+void check_packed(int zero, int64_t n, int64_t k, int bits, int64_t group) {
+  if (bits != 4 && bits != 8) throw std::invalid_argument("packed weight: bits must be 4 or 8");
+  if (zero < 0 || zero >= 1 << bits) throw std::invalid_argument("packed weight: zero does not fit in the code's bits");
+  if (n < 1 || k < 16 || k % 16) throw std::invalid_argument("packed weight: k must be a positive multiple of 16");
+  const bool known_group = group == k || (group > 0 && k % group == 0 && (group == 16 || group % kChunk == 0));
+  if (!known_group) throw std::invalid_argument("packed weight: group must be 16, a multiple of 32, or k, and divide k");
+}
+
+}  // namespace
+
+std::unique_ptr<Weight> make_packed_weight(const uint8_t* codes, const float* scales, const float* offsets, int zero,
+                                           int64_t n, int64_t k, int bits, int64_t group) {
+  check_packed(zero, n, k, bits, group);
+  const int64_t count = n * (k / group);
+  PackedView view;
+  view.n = n;
+  view.k = k;
+  view.bits = bits;
+  view.zero = zero;
+  view.has_offsets = offsets != nullptr;
+  view.half_floats = all_halves(scales, count) && (!offsets || all_halves(offsets, count));
+  const size_t bytes = static_cast<size_t>(lay_out(&view, group));
+  auto weight = std::make_unique<PackedWeight>(view, bytes);
+  pack_blocks(view, codes, scales, offsets, group, weight->data());
+  return weight;
+}
+
+std::unique_ptr<Weight> make_dense_weight(const float* values, int64_t n, int64_t k) {
+  if (n < 1 || k < 1) throw std::invalid_argument("dense weight: n and k must be positive");
+  auto weight = std::make_unique<DenseWeight>(n, k);
+  pack_dense(values, n, k, weight->data());
+  return weight;
+}
+
+size_t quantized_bytes(int64_t rows, int64_t k) { return static_cast<size_t>(rows * chunk_count(k) * kRecordBytes); }
+
+void quantize_rows(const float* x, int64_t x_stride, int64_t row_begin, int64_t row_end, int64_t k, void* out) {
+  kernels().quantize(x, x_stride, row_begin, row_end, k, static_cast<uint8_t*>(out));
+}
+
+const char* matmul_instruction_set() { return kernels().name; }
+
+bool set_matmul_instruction_set(const char* name) {
+  for (const Kernels* candidate : kCandidates) {
+    if (std::strcmp(candidate->name, name) != 0 || !machine_has(candidate)) continue;
+    chosen.store(candidate, std::memory_order_release);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace textmill

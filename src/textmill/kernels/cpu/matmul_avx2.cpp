@@ -1,0 +1,35 @@
+// The kernels for AVX2: unsigned codes of 4 bits times signed activations, eight products added in 16-bit lanes.
+// Compile flags: -O3 -ffp-contract=off -mavx2 -mfma -mf16c
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace textmill {
+namespace matmul_detail {
+namespace {
+
+struct Isa {
+  static constexpr bool kSplitBytes = true;  // 255 * 127 * 2 would saturate 16 bits; 15 * 127 * 2 * 8 = 30480 does not
+  static __m256i first(__m256i codes, __m256i a) { return _mm256_maddubs_epi16(codes, a); }
+  static __m256i step(__m256i sum, __m256i codes, __m256i a) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, a));
+  }
+  static __m256i finish(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  static __m256i finish_halves(__m256i low, __m256i high) {
+    return _mm256_add_epi32(finish(low), _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  }
+};
+
+}  // namespace
+}  // namespace matmul_detail
+}  // namespace textmill
+
+#include "matmul_x86.h"
+
+namespace textmill {
+namespace matmul_detail {
+
+const Kernels kAvx2Kernels = {"avx2", packed, dense, quantize};
+
+}  // namespace matmul_detail
+}  // namespace textmill
+#endif

@@ -1,0 +1,478 @@
+// The x86 kernels, written once over `Isa`, which each instruction set's .cpp defines before it includes this file:
+//   struct Isa { static constexpr bool kSplitBytes;                       // 8-bit codes need two 4-bit halves
+//                static __m256i step(__m256i sum, __m256i codes, __m256i a);  // adds a quad's products
+//                static __m256i finish(__m256i sum); };                       // sums of steps -> 8 int32
+// Everything is in an unnamed namespace and nothing of the standard library is instantiated: code compiled for one
+// instruction set must not be merged by the linker with that of another.
+#pragma once
+
+#include <immintrin.h>
+
+#include "matmul_epilogue_x86.h"
+#include "matmul_impl.h"
+
+namespace textmill {
+namespace matmul_detail {
+namespace {
+
+constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
+constexpr int64_t kStripLd = 8 * kStrip;   // floats between rows of a strip
+constexpr int64_t kUpLd = kStripLd + 8;    // the same for [up] columns that may straddle blocks
+constexpr int64_t kMaxRows = 128;          // rows computed before the next strip
+constexpr int64_t kDirectRows = 4;         // up to so many rows use the packed codes directly
+constexpr int64_t kPanelChunks = 24;       // chunks expanded at a time
+constexpr int64_t kDensePanel = 256;       // inputs of a dense strip kept in the first-level cache
+
+constexpr int planes(int bits) { return bits == 8 && Isa::kSplitBytes ? 2 : 1; }
+
+// ---- packed weights --------------------------------------------------------------------------------------------------
+
+// A tile: up to 4 rows times up to 2 column blocks over a range of chunks.
+struct Tile {
+  const uint8_t* codes[2];
+  const uint8_t* scales[2];
+  const uint8_t* x;  // the first row's first record
+  int64_t x_stride;  // bytes between rows
+  int64_t chunks;
+  float* y;  // read, added to and written
+  int64_t ld;
+  const PackedView* w;
+  int64_t prefetch;  // bytes ahead; direct tiles only
+};
+
+// Vector of quad `q` of a chunk; plane 1 is the high halves of 8-bit codes.
+template <int kBits, bool kDirect>
+inline __m256i load_quad(const uint8_t* codes, int q, int plane) {
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  if (!kDirect) return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + plane * 256 + q * kQuadBytes));
+  const int vector = kBits == 4 ? q % 4 : q;
+  const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + vector * kQuadBytes));
+  if (kBits == 8 && planes(kBits) == 1) return bytes;
+  const bool high = kBits == 4 ? q >= 4 : plane == 1;
+  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, low_bits);
+}
+
+inline __m256 load_scales(const PackedView& w, const uint8_t* set, int64_t index) {
+  if (w.half_floats) return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
+  return _mm256_load_ps(reinterpret_cast<const float*>(set) + index * 8);
+}
+
+// The integer dots of quads [kFirst, kFirst + kCount) of one chunk.
+template <int R, int C, int kBits, bool kDirect, int kFirst, int kCount>
+inline void chunk_dots(const uint8_t* const* codes, const uint8_t* record, int64_t x_stride, __m256i dots[R][C]) {
+  constexpr int P = planes(kBits);
+  __m256i sums[R][C][P];
+#pragma GCC unroll 8
+  for (int q = kFirst; q < kFirst + kCount; ++q) {
+    __m256i code[C][P];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) code[c][p] = load_quad<kBits, kDirect>(codes[c], q, p);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, record + r * x_stride + q * 4, 4);
+      const __m256i a = _mm256_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          sums[r][c][p] = q == kFirst ? Isa::first(code[c][p], a) : Isa::step(sums[r][c][p], code[c][p], a);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      dots[r][c] = P == 1 ? Isa::finish(sums[r][c][0]) : Isa::finish_halves(sums[r][c][0], sums[r][c][P - 1]);
+    }
+  }
+}
+
+// y += s * (scale * (dot - zero * sum) + offset * sum) for every row and block of the tile; see matmul_impl.h.
+template <int R, int C>
+inline void add_unit(const Tile& tile, const uint8_t* record, int sum_index, const __m256i dots[R][C], const __m256* scale,
+                     const __m256* offset, float* y) {
+  const __m256 zero = _mm256_set1_ps(static_cast<float>(tile.w->zero));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* tail = reinterpret_cast<const float*>(record + r * tile.x_stride + kRecordScale);
+    const __m256 s = _mm256_broadcast_ss(tail);
+    const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      __m256 t = _mm256_cvtepi32_ps(dots[r][c]);
+      if (tile.w->zero) t = _mm256_fnmadd_ps(zero, sum, t);
+      t = _mm256_mul_ps(t, scale[c]);
+      if (tile.w->has_offsets) t = _mm256_fmadd_ps(offset[c], sum, t);
+      float* at = y + r * tile.ld + c * 8;
+      _mm256_storeu_ps(at, _mm256_fmadd_ps(s, t, _mm256_loadu_ps(at)));
+    }
+  }
+}
+
+template <int R, int C, int kBits, bool kHalf, bool kDirect, int kPart>
+inline void run_unit(const Tile& tile, const uint8_t* const* codes, const uint8_t* record, const uint8_t* const* sets,
+                     float* y) {
+  constexpr int kFirst = kHalf ? 4 * kPart : 0;
+  __m256i dots[R][C];
+  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, record, tile.x_stride, dots);
+  __m256 scale[C], offset[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    if (kDirect) {
+      scale[c] = load_scales(*tile.w, sets[c], 0);
+      offset[c] = tile.w->has_offsets ? load_scales(*tile.w, sets[c], 1) : _mm256_setzero_ps();
+    } else {
+      scale[c] = _mm256_load_ps(reinterpret_cast<const float*>(sets[c]));
+      offset[c] = _mm256_load_ps(reinterpret_cast<const float*>(sets[c]) + 8);
+    }
+  }
+  add_unit<R, C>(tile, record, kHalf ? 1 + kPart : 0, dots, scale, offset, y);
+}
+
+template <int R, int C, int kBits, bool kHalf, bool kDirect>
+void run_tile(const Tile& tile) {
+  const int64_t code_step = kDirect ? tile.w->code_bytes : planes(kBits) * 256;
+  const int64_t set_step = kDirect ? tile.w->set_bytes : 64;
+  const int64_t chunks_per_set = kDirect ? tile.w->chunks_per_group : 1;
+  const uint8_t* codes[C];
+  const uint8_t* sets[C];
+  for (int c = 0; c < C; ++c) {
+    codes[c] = tile.codes[c];
+    sets[c] = tile.scales[c];
+  }
+  const uint8_t* record = tile.x;
+  int64_t left_in_set = chunks_per_set;
+  for (int64_t i = 0; i < tile.chunks; ++i) {
+    if (kDirect) {
+      for (int c = 0; c < C; ++c) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 64), _MM_HINT_T0);
+        if (kBits == 8) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 128), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 192), _MM_HINT_T0);
+        }
+        _mm_prefetch(reinterpret_cast<const char*>(sets[c] + tile.prefetch), _MM_HINT_T0);
+      }
+    }
+    run_unit<R, C, kBits, kHalf, kDirect, 0>(tile, codes, record, sets, tile.y);
+    if (kHalf) {
+      for (int c = 0; c < C; ++c) sets[c] += set_step;
+      run_unit<R, C, kBits, kHalf, kDirect, 1>(tile, codes, record, sets, tile.y);
+    }
+    const bool next_set = --left_in_set == 0;
+    if (next_set) left_in_set = chunks_per_set;
+    for (int c = 0; c < C; ++c) {
+      codes[c] += code_step;
+      if (next_set) sets[c] += set_step;
+    }
+    record += kRecordBytes;
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+// Tiles of 1..4 rows and 1 or 2 blocks.
+struct TileTable {
+  TileFunction of[4][2];
+};
+
+template <int kBits, bool kHalf, bool kDirect>
+constexpr TileTable kTiles = {{{run_tile<1, 1, kBits, kHalf, kDirect>, run_tile<1, 2, kBits, kHalf, kDirect>},
+                               {run_tile<2, 1, kBits, kHalf, kDirect>, run_tile<2, 2, kBits, kHalf, kDirect>},
+                               {run_tile<3, 1, kBits, kHalf, kDirect>, run_tile<3, 2, kBits, kHalf, kDirect>},
+                               {run_tile<4, 1, kBits, kHalf, kDirect>, run_tile<4, 2, kBits, kHalf, kDirect>}}};
+
+template <bool kDirect>
+const TileTable& tiles_for(const PackedView& w) {
+  if (w.bits == 4) return w.half_groups ? kTiles<4, true, kDirect> : kTiles<4, false, kDirect>;
+  return w.half_groups ? kTiles<8, true, kDirect> : kTiles<8, false, kDirect>;
+}
+
+// Expands the codes and scales of chunks [first, first + count) of a block, for tiles that are not direct.
+template <int kBits>
+void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int64_t count, uint8_t* codes, float* sets) {
+  constexpr int P = planes(kBits);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t* from = block + (first + i) * w.code_bytes;
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(codes + p * 256 + q * kQuadBytes), load_quad<kBits, true>(from, q, p));
+      }
+    }
+    codes += P * 256;
+  }
+  const int64_t units = w.half_groups ? 2 : 1;
+  for (int64_t u = first * units; u < (first + count) * units; ++u) {
+    const uint8_t* set = block + w.scales_at + u / w.chunks_per_group * w.set_bytes;
+    _mm256_store_ps(sets, load_scales(w, set, 0));
+    _mm256_store_ps(sets + 8, w.has_offsets ? load_scales(w, set, 1) : _mm256_setzero_ps());
+    sets += 16;
+  }
+}
+
+// Products of `count` column blocks with some rows of quantized activations.
+struct PackedProducts {
+  const PackedView& w;
+  const uint8_t* x;
+
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, int64_t ld) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < count; ++c) _mm256_storeu_ps(y + r * ld + c * 8, _mm256_setzero_ps());
+    }
+    for (int64_t b = 0; b < count; b += 2) {
+      const int64_t width = count - b < 2 ? 1 : 2;
+      if (rows <= kDirectRows) {
+        direct(block + b, width, row, rows, y + b * 8, ld);
+      } else {
+        expanded(block + b, width, row, rows, y + b * 8, ld);
+      }
+    }
+  }
+
+  Tile tile_at(int64_t row, int64_t chunk, float* y, int64_t ld) const {
+    Tile tile;
+    tile.x_stride = w.chunks * kRecordBytes;
+    tile.x = x + row * tile.x_stride + chunk * kRecordBytes;
+    tile.y = y;
+    tile.ld = ld;
+    tile.w = &w;
+    tile.prefetch = 2 * w.block_bytes;
+    return tile;
+  }
+
+  // Calls the table's tiles for two blocks together, or one after the other where registers do not suffice for both.
+  void run(const TileTable& table, Tile tile, int64_t width, int64_t rows) const {
+    const bool pair = width == 2 && (w.bits == 4 || !Isa::kSplitBytes || rows <= 2);
+    table.of[rows - 1][pair](tile);
+    if (pair || width == 1) return;
+    tile.codes[0] = tile.codes[1];
+    tile.scales[0] = tile.scales[1];
+    tile.y += 8;
+    table.of[rows - 1][0](tile);
+  }
+
+  void direct(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, int64_t ld) const {
+    Tile tile = tile_at(row, 0, y, ld);
+    for (int64_t c = 0; c < width; ++c) {
+      tile.codes[c] = w.data + (block + c) * w.block_bytes;
+      tile.scales[c] = tile.codes[c] + w.scales_at;
+    }
+    tile.chunks = w.chunks;
+    run(tiles_for<true>(w), tile, width, rows);
+  }
+
+  void expanded(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, int64_t ld) const {
+    constexpr int64_t kBytes = kPanelChunks * 256 * planes(8);
+    alignas(64) uint8_t codes[2][kBytes];
+    alignas(64) float sets[2][kPanelChunks * 2 * 16];
+    const int64_t limit = w.bits == 8 && Isa::kSplitBytes ? kPanelChunks / 2 : kPanelChunks;
+    const int64_t panels = (w.chunks + limit - 1) / limit;
+    const int64_t panel = (w.chunks + panels - 1) / panels;
+    for (int64_t first = 0; first < w.chunks; first += panel) {
+      const int64_t count = w.chunks - first < panel ? w.chunks - first : panel;
+      Tile tile = tile_at(row, first, y, ld);
+      tile.chunks = count;
+      for (int64_t c = 0; c < width; ++c) {
+        const uint8_t* at = w.data + (block + c) * w.block_bytes;
+        (w.bits == 4 ? expand_block<4> : expand_block<8>)(w, at, first, count, codes[c], sets[c]);
+        tile.codes[c] = codes[c];
+        tile.scales[c] = reinterpret_cast<const uint8_t*>(sets[c]);
+      }
+      for (int64_t r = 0; r < rows; r += 4) {
+        run(tiles_for<false>(w), tile, width, rows - r < 4 ? rows - r : 4);
+        tile.x += 4 * tile.x_stride;
+        tile.y += 4 * ld;
+      }
+    }
+  }
+};
+
+// ---- dense weights ---------------------------------------------------------------------------------------------------
+
+// y += x w for R rows and C blocks over inputs [0, count), one accumulator each, in order.
+template <int R, int C>
+void dense_tile(const float* const* blocks, const float* x, int64_t x_stride, int64_t count, float* y, int64_t ld) {
+  __m256 sums[R][C];
+  const float* at[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) at[c] = blocks[c];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[r][c] = _mm256_loadu_ps(y + r * ld + c * 8);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    __m256 values[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) values[c] = _mm256_load_ps(at[c] + i * 8);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256 a = _mm256_broadcast_ss(x + r * x_stride + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[r][c] = _mm256_fmadd_ps(a, values[c], sums[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) _mm256_storeu_ps(y + r * ld + c * 8, sums[r][c]);
+  }
+}
+
+using DenseFunction = void (*)(const float* const*, const float*, int64_t, int64_t, float*, int64_t);
+constexpr DenseFunction kDenseTiles[6][2] = {{dense_tile<1, 1>, dense_tile<1, 2>}, {dense_tile<2, 1>, dense_tile<2, 2>},
+                                             {dense_tile<3, 1>, dense_tile<3, 2>}, {dense_tile<4, 1>, dense_tile<4, 2>},
+                                             {dense_tile<5, 1>, dense_tile<5, 2>}, {dense_tile<6, 1>, dense_tile<6, 2>}};
+
+struct DenseProducts {
+  const DenseView& w;
+  const float* x;
+  int64_t x_stride;
+
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, int64_t ld) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < count; ++c) _mm256_storeu_ps(y + r * ld + c * 8, _mm256_setzero_ps());
+    }
+    const int64_t panel = rows <= 6 ? w.k : kDensePanel;
+    for (int64_t first = 0; first < w.k; first += panel) {
+      const int64_t inputs = w.k - first < panel ? w.k - first : panel;
+      run(block, count, x + row * x_stride + first, rows, first, inputs, y, ld);
+    }
+  }
+
+  void run(int64_t block, int64_t count, const float* rows_at, int64_t rows, int64_t first, int64_t inputs, float* y,
+           int64_t ld) const {
+    const float* blocks[4];
+    for (int64_t c = 0; c < 4; ++c) blocks[c] = w.data + ((block + (c < count ? c : 0)) * w.k + first) * 8;
+    if (rows <= 2 && count == 4) {
+      (rows == 1 ? dense_tile<1, 4> : dense_tile<2, 4>)(blocks, rows_at, x_stride, inputs, y, ld);
+      return;
+    }
+    for (int64_t b = 0; b < count; b += 2) {
+      const bool pair = count - b >= 2;
+      const float* at[2] = {w.data + ((block + b) * w.k + first) * 8,
+                            pair ? w.data + ((block + b + 1) * w.k + first) * 8 : nullptr};
+      for (int64_t r = 0; r < rows; r += 6) {
+        const int64_t some = rows - r < 6 ? rows - r : 6;
+        kDenseTiles[some - 1][pair](at, rows_at + r * x_stride, x_stride, inputs, y + r * ld + b * 8, ld);
+      }
+    }
+  }
+};
+
+// ---- both --------------------------------------------------------------------------------------------------------------
+
+// Computes columns [begin, end) for all rows, strip by strip: products, then the epilogue straight into `out`.
+template <class Products>
+void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block, int64_t begin, int64_t end,
+           const Output& out) {
+  alignas(64) float y[kMaxRows * kStripLd];
+  alignas(64) float up[kMaxRows * kUpLd];
+  const bool gated = out.epilogue->gated;
+  const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8;
+  for (int64_t row = 0; row < rows; row += row_block) {
+    const int64_t some = rows - row < row_block ? rows - row : row_block;
+    for (int64_t column = begin; column < end; column += kStripLd) {
+      const int64_t width = end - column < kStripLd ? end - column : kStripLd;
+      const int64_t count = (width + 7) / 8;
+      products(column / 8, count, row, some, y, kStripLd);
+      if (gated) {
+        const int64_t first = (half + column) / 8;
+        const int64_t wanted = (shift + width + 7) / 8;
+        products(first, first + wanted > blocks ? blocks - first : wanted, row, some, up, kUpLd);
+      }
+      finish_strip(*out.epilogue, y, kStripLd, gated ? up + shift : nullptr, kUpLd, half, row, some, column, width,
+                   out.data, out.stride);
+    }
+  }
+}
+
+// Rows of `row_bytes` that stay in the second-level cache while all columns pass; a multiple of 12, evenly cut.
+inline int64_t rows_at_once(int64_t rows, int64_t row_bytes) {
+  int64_t most = (int64_t{256} << 10) / row_bytes / 12 * 12;
+  most = most < 12 ? 12 : most > 120 ? 120 : most;
+  const int64_t parts = (rows + most - 1) / most;
+  return ((rows + parts - 1) / parts + 11) / 12 * 12;
+}
+
+void packed(const PackedView& w, const uint8_t* x, int64_t rows, int64_t column_begin, int64_t column_end,
+            const Output& out) {
+  drive(PackedProducts{w, x}, w.n, rows, rows_at_once(rows, w.chunks * kRecordBytes), column_begin, column_end, out);
+}
+
+void dense(const DenseView& w, const float* x, int64_t x_stride, int64_t rows, int64_t column_begin, int64_t column_end,
+           const Output& out) {
+  drive(DenseProducts{w, x, x_stride}, w.n, rows, rows_at_once(rows, w.k * 4), column_begin, column_end, out);
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------------
+
+inline __m256 load_some(const float* x, int64_t count) {  // up to 8 floats, zeros behind
+  if (count >= 8) return _mm256_loadu_ps(x);
+  return count <= 0 ? _mm256_setzero_ps() : _mm256_maskload_ps(x, lanes_below(count));
+}
+
+inline int32_t sum_bytes(__m128i bytes) {  // of 16 signed bytes
+  const __m128i sums = _mm_madd_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), bytes), _mm_set1_epi16(1));
+  const __m128i pairs = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32(pairs, 0xb1)));
+}
+
+// Largest |x| of 32 as bits: for magnitudes, integers order as floats do, and NaN above Inf above all.
+inline uint32_t largest_bits(const __m256* x) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_and_si256(_mm256_castps_si256(x[0]), magnitude);
+  for (int j = 1; j < 4; ++j) most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(x[j]), magnitude));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+
+// round(x / scale) of 32 floats as signed bytes in order.
+inline __m256i chunk_codes(const __m256* x, float scale) {
+  const __m256 divisor = _mm256_set1_ps(scale), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-127.0f);
+  __m256i parts[4];
+  for (int j = 0; j < 4; ++j) {
+    const __m256 ratio = _mm256_div_ps(x[j], divisor);
+    parts[j] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(ratio, least), most));
+  }
+  const __m256i low = _mm256_packs_epi32(parts[0], parts[1]), high = _mm256_packs_epi32(parts[2], parts[3]);
+  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+void quantize_chunk(const float* x, int64_t count, uint8_t* record) {
+  __m256 values[4];
+  for (int j = 0; j < 4; ++j) values[j] = load_some(x + 8 * j, count - 8 * j);
+  const uint32_t bits = largest_bits(values);
+  const bool finite = bits < 0x7f800000u;
+  float largest;
+  __builtin_memcpy(&largest, &bits, 4);
+  const float scale = finite ? largest / 127.0f : __builtin_nanf("");
+  const __m256i codes = scale > 0.0f ? chunk_codes(values, scale) : _mm256_setzero_si256();
+  const int32_t low = sum_bytes(_mm256_castsi256_si128(codes)), high = sum_bytes(_mm256_extracti128_si256(codes, 1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(record), codes);
+  _mm_storeu_ps(reinterpret_cast<float*>(record + kRecordScale),
+                _mm_setr_ps(scale, static_cast<float>(low + high), static_cast<float>(low), static_cast<float>(high)));
+}
+
+void quantize(const float* x, int64_t x_stride, int64_t row_begin, int64_t row_end, int64_t k, uint8_t* out) {
+  const int64_t chunks = chunk_count(k);
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      quantize_chunk(x + r * x_stride + c * kChunk, k - c * kChunk, out + (r * chunks + c) * kRecordBytes);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace matmul_detail
+}  // namespace textmill
