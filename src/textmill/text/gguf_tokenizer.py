@@ -1,0 +1,202 @@
+"""Builds a `tokenizers.Tokenizer` from a GGUF file's own vocabulary, equal to what llama.cpp does with it.
+
+Byte-level BPE ("gpt2") with the pre-tokenizers that files name, and sentencepiece's BPE ("llama"). Sources: llama.cpp's
+llama-vocab.cpp for what the names mean; checked against its test vectors (docs of the reference survey, section 3).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from textmill.errors import ModelError
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ONE_DIGIT = r"\p{N}"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+
+# The regexes of a pre-tokenizer, applied one after the other; each isolates its matches.
+_SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "phi-2"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (_ONE_DIGIT, _GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "stablelm2"), (_QWEN2,)),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+}
+_IGNORE_MERGES = frozenset(("llama-bpe", "llama3", "llama-v3"))  # whole words of the vocabulary win; BOS by default
+_MAX_TOKEN = 1 << 20
+
+
+class _Vocabulary:
+    """The tokenizer part of the metadata, checked."""
+
+    def __init__(self, metadata: dict[str, Any], path: Path) -> None:
+        self.metadata = metadata
+        self.path = path
+        self.tokens: list[str] = self.strings("tokens")
+        if not self.tokens:
+            raise self.fail("tokens", "the file has no vocabulary")
+        self.ids = {token: number for number, token in enumerate(self.tokens)}
+        if len(self.ids) < len(self.tokens):
+            raise self.fail("tokens", f"{len(self.tokens) - len(self.ids)} tokens occur twice")
+        if max(map(len, self.tokens)) > _MAX_TOKEN:
+            raise self.fail("tokens", f"a token is longer than {_MAX_TOKEN} characters")
+        self.types: list[int] = self.column("token_type", int, _NORMAL)
+
+    def fail(self, key: str, problem: str) -> ModelError:
+        return ModelError(f"{self.path}: tokenizer.ggml.{key}: {problem}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key, [])
+        if not isinstance(value, list) or (value and not isinstance(value[0], str)):
+            raise self.fail(key, "is not a list of strings")
+        return value
+
+    def column(self, key: str, kind: type, default: Any) -> list[Any]:
+        """One value per token."""
+        value = self.get(key)
+        if value is None:
+            return [default] * len(self.tokens)
+        if not isinstance(value, list) or len(value) != len(self.tokens) or not isinstance(value[0], kind):
+            raise self.fail(key, f"is not a list of {len(self.tokens)} numbers")
+        return value
+
+    def switch(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"{value!r} is not true or false")
+        return value
+
+    def token(self, key: str) -> str | None:
+        """The text of the token whose id the metadata names."""
+        number = self.get(f"{key}_token_id")
+        if number is None:
+            return None
+        if type(number) is not int or not 0 <= number < len(self.tokens):
+            raise self.fail(f"{key}_token_id", f"{number!r} is not in the vocabulary")
+        return self.tokens[number]
+
+
+def special_token(metadata: dict[str, Any], key: str, path: Path) -> str | None:
+    """The text of the `bos` or `eos` token."""
+    return _Vocabulary(metadata, path).token(key)
+
+
+def build(metadata: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file; ModelError for a kind that is not supported."""
+    vocabulary = _Vocabulary(metadata, path)
+    kind = vocabulary.get("model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(vocabulary)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(vocabulary)
+    else:
+        raise vocabulary.fail("model", f"{kind!r} is not supported (gpt2 and llama are)")
+    _add_special(tokenizer, vocabulary)
+    return tokenizer
+
+
+def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
+    pre = vocabulary.get("pre", "default")  # files older than the key: GPT-2's regex is what most of them meant
+    splits = _SPLITS.get(pre) if isinstance(pre, str) else None
+    if splits is None:
+        raise vocabulary.fail("pre", f"the pre-tokenizer {pre!r} is not supported (known: {', '.join(_SPLITS)})")
+    merges = [_pair(vocabulary, merge) for merge in vocabulary.strings("merges")]
+    tokenizer = _bpe(vocabulary, merges, ignore_merges=pre in _IGNORE_MERGES)
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_ends(tokenizer, vocabulary, bos=pre in _IGNORE_MERGES)
+    return tokenizer
+
+
+def _pair(vocabulary: _Vocabulary, merge: str) -> tuple[str, str]:
+    left, space, right = merge.partition(" ")
+    if not space or " " in right:
+        raise vocabulary.fail("merges", f"{merge[:80]!r} is not a pair of tokens")
+    return left, right
+
+
+def _bpe(vocabulary: _Vocabulary, merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, **options))
+    except Exception as error:  # the Rust library raises plain Exception, for a merge outside the vocabulary
+        raise vocabulary.fail("merges", str(error)[:200]) from error
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    unknown = vocabulary.token("unknown")
+    options: dict[str, Any] = {} if unknown is None else {"unk_token": unknown, "fuse_unk": True}
+    tokenizer = _bpe(vocabulary, _merges_by_score(vocabulary), byte_fallback=True, **options)
+    prefixed = vocabulary.switch("add_space_prefix", True)
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    _add_ends(tokenizer, vocabulary, bos=True)
+    return tokenizer
+
+
+def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Sentencepiece keeps no merges: every split of a token into two known ones is one, the best scores first."""
+    scores = vocabulary.column("scores", float, 0.0)
+    known = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _NORMAL}
+    found: list[tuple[float, int, int, str, str]] = []
+    for number, token in enumerate(vocabulary.tokens):
+        if vocabulary.types[number] != _NORMAL or len(token) > 256:
+            continue  # a token longer than any word: its splits would only cost quadratic time
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in known and right in known:
+                found.append((-scores[number], -cut, number, left, right))
+    found.sort(key=lambda merge: merge[:3])
+    return [(left, right) for _, _, _, left, right in found]
+
+
+def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, bos: bool) -> None:
+    """Puts the begin and end tokens around a text where the file says so (`bos`: what it means if it does not)."""
+    wanted = {"bos": vocabulary.switch("add_bos_token", bos), "eos": vocabulary.switch("add_eos_token", False)}
+    texts = {key: vocabulary.token(key) for key, on in wanted.items() if on}
+    around = [(key, text) for key, text in texts.items() if text is not None]
+    if around:
+        ends(tokenizer, {key: (text, vocabulary.ids[text]) for key, text in around})
+
+
+def ends(tokenizer: Tokenizer, around: dict[str, tuple[str, int]]) -> None:
+    """Sets the post-processor that puts `bos` before and `eos` after a text."""
+    start = [around["bos"][0]] if "bos" in around else []
+    stop = [around["eos"][0]] if "eos" in around else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*start, "$A", *stop],
+        pair=[*start, "$A", *stop, *start, "$B:1", *stop],
+        special_tokens=list(around.values()),
+    )
+
+
+def _add_special(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Control tokens become special, user-defined ones whole words; their ids stay, as they are in the vocabulary.
+
+    Runs of equal kinds are added together, so that ids keep their order.
+    """
+    kinds = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+    added = [
+        AddedToken(token, special=kinds[kind], normalized=False)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in kinds and token
+    ]
+    tokenizer.add_tokens([token for token in added if not token.special])
+    tokenizer.add_special_tokens([token for token in added if token.special])
