@@ -70,7 +70,8 @@ def logits_of(executor: Executor, work: Sequence[SlotWork]) -> torch.Tensor:
     if isinstance(executor, TorchExecutor):
         return executor.logits
     assert isinstance(executor, NativeExecutor)
-    return torch.from_numpy(np.array(executor.program.logits()))
+    rows = np.array([(w.slot, w.start, w.count, w.samples) for w in work], dtype=np.int32)
+    return torch.from_numpy(executor.program.logits(rows))
 
 
 def admit(executor: Executor, slot: int, prompt: Sequence[int], *, all_logits: bool = False) -> None:
@@ -124,9 +125,7 @@ def test_logits(tiny_llama: Callable[..., Path], variant: str, kind: str) -> Non
     for start, count in ((0, 37), (37, 50), (87, 13)):
         work = [SlotWork(0, start, count, False)]
         sampled = executor.run(work)[0]
-        torch.testing.assert_close(
-            logits_of(executor, work), expected[start : start + count], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(logits_of(executor, work), expected[start : start + count], atol=1e-4, rtol=1e-4)
         following = torch.tensor(prompt[start + 1 : start + count + 1])
         raw = expected[start : start + len(following)].log_softmax(-1).gather(1, following[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sampled.prompt_logprobs), raw, atol=1e-4, rtol=1e-4)

@@ -42,7 +42,7 @@ def plan_cache(
     requested_tokens: int | None,
     free_bytes: int,
 ) -> CachePlan:
-    """Blocks for the cache: what was asked for (bytes, else tokens), else a share of what is free. See the constants."""
+    """Blocks for the cache: what was asked for (bytes, else tokens), else a share of what is free (see above)."""
     if requested_bytes is not None:
         blocks = requested_bytes // bytes_per_block
     elif requested_tokens is not None:

@@ -55,7 +55,7 @@ class EagerContext:
 
 
 def wanted_rows(work: Sequence[SlotWork], tables: SlotTables) -> list[int]:
-    """Rows of the step whose logits are needed: all of a slot with prompt log-probabilities, else a sampled last one."""
+    """Rows whose logits are needed: all of a slot with prompt log-probabilities, else the last one if it samples."""
     rows: list[int] = []
     first = 0
     for item in work:

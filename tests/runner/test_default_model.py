@@ -1,0 +1,129 @@
+"""The default model, exactly: the float path equals transformers token for token, the packed path stays beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from textmill.config import Settings
+from textmill.core import Admission, Sampling, SlotWork, Step
+from textmill.kernels.dispatch import native_available
+from textmill.models.registry import build_model
+from textmill.runner.build import build_executor, shape_of
+from textmill.runner.runner import Executor
+from textmill.runner.slots import apply
+from textmill.text.tokenizer import Tokenizer, load_tokenizer
+from textmill.weights.checkpoint import open_checkpoint
+from textmill.weights.view import View
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not native_available(), reason="the native kernels are not built"),
+]
+DATA = Path(__file__).parents[1] / "data"
+TOKENS = 64
+TIE = 1e-3  # two logits closer than this are a tie in float32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model: Path) -> Tokenizer:
+    return load_tokenizer(default_model)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    return [tokenizer.encode(line).ids for line in (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()]
+
+
+def executor(path: Path, *, dequantize: bool) -> Executor:
+    settings = Settings(max_total_tokens=1024, max_concurrent_requests=2, max_batch_total_tokens=4096)
+    checkpoint = open_checkpoint(path, dequantize=dequantize)
+    c = checkpoint.config
+    model = build_model(c, View(checkpoint))
+    return build_executor(settings, model, c, shape_of(settings, c), packed=checkpoint.packed, native=True)[0]
+
+
+def admit(executor: Executor, tokens: Sequence[int], *, score: bool = False) -> None:
+    admission = Admission(0, tuple(tokens), Sampling(), prompt_logprobs=score)
+    apply(Step(0, (), (admission,), (), ((0, 0, tuple(range(64))),)), executor.tables)
+
+
+def greedy(executor: Executor, prompt: Sequence[int]) -> list[int]:
+    admit(executor, prompt)
+    out: list[int] = []
+    start, count = 0, len(prompt)
+    for _ in range(TOKENS):
+        sampled = executor.run([SlotWork(0, start, count, True)])[0]
+        assert sampled.token is not None
+        out.append(sampled.token.id)
+        start, count = start + count, 1
+    return out
+
+
+def perplexity(executor: Executor, tokens: Sequence[int]) -> float:
+    admit(executor, tokens, score=True)
+    scores: list[float] = []
+    for start in range(0, len(tokens), 256):
+        count = min(256, len(tokens) - start)
+        scores += executor.run([SlotWork(0, start, count, False)])[0].prompt_logprobs
+    assert len(scores) == len(tokens) - 1
+    return math.exp(-sum(scores) / len(scores))
+
+
+@pytest.fixture(scope="module")
+def oracle(default_model: Path) -> Any:
+    """transformers' own reading of the same file, dequantized to float32."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        default_model.parent, gguf_file=default_model.name, dtype=torch.float32
+    )
+    loaded.generation_config.eos_token_id = None
+    return loaded.eval()
+
+
+@pytest.fixture(scope="module")
+def floats(default_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    running = executor(default_model, dequantize=True)
+    return [greedy(running, prompt) for prompt in prompts]
+
+
+def test_the_float_path_equals_transformers(oracle: Any, prompts: list[list[int]], floats: list[list[int]]) -> None:
+    ties = []
+    for number, (prompt, ours) in enumerate(zip(prompts, floats, strict=True)):
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+        theirs = logits.argmax(-1).tolist()
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                gap = float(logits[step, b] - logits[step, a])
+                assert gap < TIE, f"prompt {number}, step {step}: {a} instead of {b}, {gap} apart"
+                ties.append((number, step, gap))
+    print(f"\n{len(prompts)} prompts x {TOKENS} tokens equal to transformers; ties: {ties or 'none'}")
+    assert len(ties) <= 2
+
+
+def test_the_packed_path_stays_beside_the_float_path(
+    default_model: Path, tokenizer: Tokenizer, prompts: list[list[int]], floats: list[list[int]]
+) -> None:
+    packed = executor(default_model, dequantize=False)
+    answers = [greedy(packed, prompt) for prompt in prompts]
+    whole = sum(a == b for a, b in zip(answers, floats, strict=True))
+    common = sum(
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), TOKENS)
+        for a, b in zip(answers, floats, strict=True)
+    )
+    text = tokenizer.encode((DATA / "passage.txt").read_text(encoding="utf-8")).ids
+    packed_perplexity = perplexity(packed, text)
+    float_perplexity = perplexity(executor(default_model, dequantize=True), text)
+    print(
+        f"\npacked: {whole} of {len(prompts)} answers equal over {TOKENS} tokens, {common / len(prompts):.1f} tokens "
+        f"in common on average; perplexity of {len(text)} tokens {packed_perplexity:.4f}, float {float_perplexity:.4f}"
+    )
+    assert packed_perplexity <= 1.005 * float_perplexity
