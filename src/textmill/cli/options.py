@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 from textmill.config import GROUPS, Settings, env_name, flag_name
 
 TRUE = ("true", "1", "yes", "on", "t", "y")
+LONGEST_METAVAR = 30
 FALSE = ("false", "0", "no", "off", "f", "n")
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ class SettingType(ParamType):
         self.name = plain_type(one)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        choices = self.one.metadata["choices"]
-        return "|".join(choices) if choices else {"str": "TEXT", "bool": "true|false"}.get(self.name, "N")
+        choices = "|".join(self.one.metadata["choices"])
+        if choices:
+            return choices if len(choices) <= LONGEST_METAVAR else "NAME"
+        return {"bool": "true|false", "int": "N", "float": "X", "tuple[int, ...]": "N,..."}.get(self.name, "TEXT")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
@@ -81,6 +84,17 @@ def _number(one: Field[Any], text: str, convert: Callable[[str], float]) -> floa
     return value
 
 
+class SettingOption(click.Option):
+    """An option whose errors also name the environment variable that the value may have come from."""
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        return f"{flag_of(self)} (or {self.envvar} in the environment)"
+
+
+def flag_of(option: click.Option) -> str:
+    return max(option.opts, key=len)
+
+
 def option(one: Field[Any]) -> click.Option:
     """The click option of one setting. Switches take no value; through the environment they are true or false."""
     names = [flag_name(one)]
@@ -90,10 +104,10 @@ def option(one: Field[Any]) -> click.Option:
     if one.metadata["short"]:
         names.append(one.metadata["short"])
     repeated = one.type == "tuple[str, ...]"
-    return click.Option(
+    return SettingOption(
         [*names, one.name],
         envvar=env_name(one),
-        type=SettingType(one),
+        type=click.BOOL if switch else SettingType(one),
         is_flag=switch,
         multiple=repeated,
         default=one.default,
@@ -104,8 +118,10 @@ def option(one: Field[Any]) -> click.Option:
 def help_text(one: Field[Any]) -> str:
     """The help line: what it does, its environment name and its default."""
     default = one.metadata["default_help"] or default_text(one.default)
+    choices = one.metadata["choices"]
+    listed = f" One of {', '.join(choices)}." if len("|".join(choices)) > LONGEST_METAVAR else ""
     parts = [f"env: {env_name(one)}"] + ([f"default: {default}"] if default else [])
-    return f"{one.metadata['text']} [{'; '.join(parts)}]"
+    return f"{one.metadata['text']}{listed} [{'; '.join(parts)}]"
 
 
 def default_text(default: object) -> str:
@@ -114,12 +130,18 @@ def default_text(default: object) -> str:
         return ""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
-    return "true" if default is True else str(default)
+    return "true" if default is True else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def options() -> list[click.Option]:
     """One option per setting, in the order of `Settings`."""
     return [option(one) for one in fields(Settings)]
+
+
+def parse_settings(arguments: Sequence[str]) -> Settings:
+    """The settings of a command line and the environment. Raises `click.UsageError`."""
+    with click.Command("launch", params=[*options()]).make_context("launch", list(arguments)) as ctx:
+        return settings_from(ctx.params)
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
