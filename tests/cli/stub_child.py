@@ -1,8 +1,9 @@
 """A stand-in for the engine or a router: a real process that journals what it does and misbehaves on demand.
 
 Usage: stub_child.py ROLE JOURNAL MODE, then the launcher's arguments. MODE is `good` or a comma list of:
-die=N (exit with N before ready), refuse (report an error, exit 1), crash (ready, then SIGKILL itself once),
-silent (ready, no beats), stuck (beats that say "working, no step"), deaf (ignores SIGTERM), child (starts a process), slow (loads for a minute).
+die=N (exit with N before ready), refuse (report an error, exit 1), crash (ready, then SIGKILL itself),
+silent (ready, no beats), stuck (beats that say "working, no step"), deaf (ignores SIGTERM),
+child (starts a process), slow (loads for a minute).
 """
 
 from __future__ import annotations
