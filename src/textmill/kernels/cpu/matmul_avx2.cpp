@@ -11,7 +11,9 @@ struct Isa {
   static constexpr bool kSplitBytes = true;  // 255 * 127 * 2 would saturate 16 bits; 15 * 127 * 2 * 8 = 30480 does not
   static __m256i first(__m256i codes, __m256i a) { return _mm256_maddubs_epi16(codes, a); }
   static __m256i step(__m256i sum, __m256i codes, __m256i a) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, a));
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, a));
+    asm("" : "+x"(sum));  // keeps GCC from computing all products before the first sum, which spills them
+    return sum;
   }
   static __m256i finish(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
   static __m256i finish_halves(__m256i low, __m256i high) {

@@ -15,6 +15,8 @@ namespace textmill {
 namespace matmul_detail {
 namespace {
 
+#define TEXTMILL_INLINE inline __attribute__((always_inline))
+
 constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
 constexpr int64_t kStripLd = 8 * kStrip;   // floats between rows of a strip
 constexpr int64_t kUpLd = kStripLd + 8;    // the same for [up] columns that may straddle blocks
@@ -42,7 +44,7 @@ struct Tile {
 
 // Vector of quad `q` of a chunk; plane 1 is the high halves of 8-bit codes.
 template <int kBits, bool kDirect>
-inline __m256i load_quad(const uint8_t* codes, int q, int plane) {
+TEXTMILL_INLINE __m256i load_quad(const uint8_t* codes, int q, int plane) {
   const __m256i low_bits = _mm256_set1_epi8(15);
   if (!kDirect) return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + plane * 256 + q * kQuadBytes));
   const int vector = kBits == 4 ? q % 4 : q;
@@ -52,14 +54,14 @@ inline __m256i load_quad(const uint8_t* codes, int q, int plane) {
   return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, low_bits);
 }
 
-inline __m256 load_scales(const PackedView& w, const uint8_t* set, int64_t index) {
-  if (w.half_floats) return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
-  return _mm256_load_ps(reinterpret_cast<const float*>(set) + index * 8);
+TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index) {
+  if (full) return _mm256_load_ps(reinterpret_cast<const float*>(set) + index * 8);
+  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
 }
 
 // The integer dots of quads [kFirst, kFirst + kCount) of one chunk.
 template <int R, int C, int kBits, bool kDirect, int kFirst, int kCount>
-inline void chunk_dots(const uint8_t* const* codes, const uint8_t* record, int64_t x_stride, __m256i dots[R][C]) {
+TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* record, int64_t x_stride, __m256i dots[R][C]) {
   constexpr int P = planes(kBits);
   __m256i sums[R][C][P];
 #pragma GCC unroll 8
@@ -93,53 +95,85 @@ inline void chunk_dots(const uint8_t* const* codes, const uint8_t* record, int64
   }
 }
 
+// What of a tile stays the same over its chunks; in registers, since stores to y might alias the tile itself.
+struct Fixed {
+  int64_t x_stride;
+  int64_t ld;
+  __m256 zero;
+  bool has_zero;
+  bool has_offsets;
+  bool half_floats;
+};
+
 // y += s * (scale * (dot - zero * sum) + offset * sum) for every row and block of the tile; see matmul_impl.h.
-template <int R, int C>
-inline void add_unit(const Tile& tile, const uint8_t* record, int sum_index, const __m256i dots[R][C], const __m256* scale,
-                     const __m256* offset, float* y) {
-  const __m256 zero = _mm256_set1_ps(static_cast<float>(tile.w->zero));
+template <int R, int C, bool kZero, bool kOffsets>
+TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* record, int sum_index, const __m256i dots[R][C],
+                              const __m256* scale, const __m256* offset, float* y) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const float* tail = reinterpret_cast<const float*>(record + r * tile.x_stride + kRecordScale);
+    const float* tail = reinterpret_cast<const float*>(record + r * fixed.x_stride + kRecordScale);
     const __m256 s = _mm256_broadcast_ss(tail);
     const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       __m256 t = _mm256_cvtepi32_ps(dots[r][c]);
-      if (tile.w->zero) t = _mm256_fnmadd_ps(zero, sum, t);
+      if (kZero) t = _mm256_fnmadd_ps(fixed.zero, sum, t);
       t = _mm256_mul_ps(t, scale[c]);
-      if (tile.w->has_offsets) t = _mm256_fmadd_ps(offset[c], sum, t);
-      float* at = y + r * tile.ld + c * 8;
+      if (kOffsets) t = _mm256_fmadd_ps(offset[c], sum, t);
+      float* at = y + r * fixed.ld + c * 8;
       _mm256_storeu_ps(at, _mm256_fmadd_ps(s, t, _mm256_loadu_ps(at)));
     }
   }
 }
 
 template <int R, int C, int kBits, bool kHalf, bool kDirect, int kPart>
-inline void run_unit(const Tile& tile, const uint8_t* const* codes, const uint8_t* record, const uint8_t* const* sets,
-                     float* y) {
+TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes, const uint8_t* record,
+                              const uint8_t* const* sets, float* y) {
   constexpr int kFirst = kHalf ? 4 * kPart : 0;
+  constexpr int kSum = kHalf ? 1 + kPart : 0;
   __m256i dots[R][C];
-  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, record, tile.x_stride, dots);
+  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, record, fixed.x_stride, dots);
   __m256 scale[C], offset[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-    if (kDirect) {
-      scale[c] = load_scales(*tile.w, sets[c], 0);
-      offset[c] = tile.w->has_offsets ? load_scales(*tile.w, sets[c], 1) : _mm256_setzero_ps();
-    } else {
-      scale[c] = _mm256_load_ps(reinterpret_cast<const float*>(sets[c]));
-      offset[c] = _mm256_load_ps(reinterpret_cast<const float*>(sets[c]) + 8);
-    }
+    scale[c] = load_scales(!kDirect || !fixed.half_floats, sets[c], 0);
+    offset[c] = fixed.has_offsets ? load_scales(!kDirect || !fixed.half_floats, sets[c], 1) : _mm256_setzero_ps();
   }
-  add_unit<R, C>(tile, record, kHalf ? 1 + kPart : 0, dots, scale, offset, y);
+  if (fixed.has_offsets) {
+    if (fixed.has_zero) {
+      add_unit<R, C, true, true>(fixed, record, kSum, dots, scale, offset, y);
+    } else {
+      add_unit<R, C, false, true>(fixed, record, kSum, dots, scale, offset, y);
+    }
+  } else if (fixed.has_zero) {
+    add_unit<R, C, true, false>(fixed, record, kSum, dots, scale, offset, y);
+  } else {
+    add_unit<R, C, false, false>(fixed, record, kSum, dots, scale, offset, y);
+  }
+}
+
+// The lines that one chunk takes, `ahead` bytes on.
+template <int C, int kBits>
+TEXTMILL_INLINE void prefetch_chunk(const uint8_t* const* codes, const uint8_t* const* sets, int64_t ahead) {
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kBits / 2; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes[c] + ahead + 64 * line), _MM_HINT_T0);
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(sets[c] + ahead), _MM_HINT_T0);
+  }
 }
 
 template <int R, int C, int kBits, bool kHalf, bool kDirect>
 void run_tile(const Tile& tile) {
-  const int64_t code_step = kDirect ? tile.w->code_bytes : planes(kBits) * 256;
-  const int64_t set_step = kDirect ? tile.w->set_bytes : 64;
-  const int64_t chunks_per_set = kDirect ? tile.w->chunks_per_group : 1;
+  const PackedView& w = *tile.w;
+  const Fixed fixed = {tile.x_stride, tile.ld, _mm256_set1_ps(static_cast<float>(w.zero)), w.zero != 0, w.has_offsets,
+                       w.half_floats};
+  const int64_t code_step = kDirect ? w.code_bytes : planes(kBits) * 256;
+  const int64_t set_step = kDirect ? w.set_bytes : 64;
+  const int64_t chunks_per_set = kDirect ? w.chunks_per_group : 1;
+  const int64_t chunks = tile.chunks, ahead = tile.prefetch;
   const uint8_t* codes[C];
   const uint8_t* sets[C];
   for (int c = 0; c < C; ++c) {
@@ -147,23 +181,14 @@ void run_tile(const Tile& tile) {
     sets[c] = tile.scales[c];
   }
   const uint8_t* record = tile.x;
+  float* y = tile.y;
   int64_t left_in_set = chunks_per_set;
-  for (int64_t i = 0; i < tile.chunks; ++i) {
-    if (kDirect) {
-      for (int c = 0; c < C; ++c) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 64), _MM_HINT_T0);
-        if (kBits == 8) {
-          _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 128), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(codes[c] + tile.prefetch + 192), _MM_HINT_T0);
-        }
-        _mm_prefetch(reinterpret_cast<const char*>(sets[c] + tile.prefetch), _MM_HINT_T0);
-      }
-    }
-    run_unit<R, C, kBits, kHalf, kDirect, 0>(tile, codes, record, sets, tile.y);
+  for (int64_t i = 0; i < chunks; ++i) {
+    if (kDirect) prefetch_chunk<C, kBits>(codes, sets, ahead);
+    run_unit<R, C, kBits, kHalf, kDirect, 0>(fixed, codes, record, sets, y);
     if (kHalf) {
       for (int c = 0; c < C; ++c) sets[c] += set_step;
-      run_unit<R, C, kBits, kHalf, kDirect, 1>(tile, codes, record, sets, tile.y);
+      run_unit<R, C, kBits, kHalf, kDirect, 1>(fixed, codes, record, sets, y);
     }
     const bool next_set = --left_in_set == 0;
     if (next_set) left_in_set = chunks_per_set;
@@ -212,8 +237,8 @@ void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int6
   const int64_t units = w.half_groups ? 2 : 1;
   for (int64_t u = first * units; u < (first + count) * units; ++u) {
     const uint8_t* set = block + w.scales_at + u / w.chunks_per_group * w.set_bytes;
-    _mm256_store_ps(sets, load_scales(w, set, 0));
-    _mm256_store_ps(sets + 8, w.has_offsets ? load_scales(w, set, 1) : _mm256_setzero_ps());
+    _mm256_store_ps(sets, load_scales(!w.half_floats, set, 0));
+    _mm256_store_ps(sets + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
     sets += 16;
   }
 }
@@ -415,7 +440,7 @@ void dense(const DenseView& w, const float* x, int64_t x_stride, int64_t rows, i
 
 // ---- activations -------------------------------------------------------------------------------------------------------
 
-inline __m256 load_some(const float* x, int64_t count) {  // up to 8 floats, zeros behind
+TEXTMILL_INLINE __m256 load_some(const float* x, int64_t count) {  // up to 8 floats, zeros behind
   if (count >= 8) return _mm256_loadu_ps(x);
   return count <= 0 ? _mm256_setzero_ps() : _mm256_maskload_ps(x, lanes_below(count));
 }
@@ -438,7 +463,7 @@ inline uint32_t largest_bits(const __m256* x) {
 }
 
 // round(x / scale) of 32 floats as signed bytes in order.
-inline __m256i chunk_codes(const __m256* x, float scale) {
+TEXTMILL_INLINE __m256i chunk_codes(const __m256* x, float scale) {
   const __m256 divisor = _mm256_set1_ps(scale), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-127.0f);
   __m256i parts[4];
   for (int j = 0; j < 4; ++j) {
