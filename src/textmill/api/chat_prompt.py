@@ -1,0 +1,80 @@
+"""From an OpenAI-shaped request to a prompt text and TGI's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from textmill.api.openai_schema import ChatRequest, CompletionRequest, Message, ToolCall
+from textmill.api.schema import GenerateParameters
+from textmill.api.state import RouterState
+from textmill.errors import InvalidRequest, TemplateFailed, ToolFailed
+
+
+def refuse_unbuilt(body: ChatRequest) -> None:
+    """What this server cannot do yet is refused by name."""
+    if body.tools and body.tool_choice != "none":
+        raise ToolFailed("`tools` are not supported")
+    kind = body.response_format
+    if kind is not None and kind != {"type": "text"}:
+        raise InvalidRequest("grammar is not supported")
+    if body.logit_bias:
+        raise InvalidRequest("`logit_bias` is not supported")
+
+
+def templated(state: RouterState, body: ChatRequest) -> str:
+    """The conversation as the model's chat template writes it. Raises TemplateFailed."""
+    if state.chat_template is None:
+        raise TemplateFailed("template not found")
+    return state.chat_template.render([message_of(one) for one in body.messages])
+
+
+def message_of(message: Message) -> dict[str, Any]:
+    """A message as the template wants it. Arguments of tool calls become JSON text."""
+    if message.content is not None:
+        return {"role": message.role, "content": msgspec.to_builtins(message.content)}
+    return {"role": message.role, "tool_calls": [_call(one) for one in message.tool_calls or []]}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = call.function.arguments
+    text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+    function = {"description": call.function.description, "name": call.function.name, "arguments": text}
+    return {"id": call.id, "type": call.type, "function": function}
+
+
+def chat_parameters(body: ChatRequest) -> GenerateParameters:
+    parameters = _shared(body)
+    parameters.repetition_penalty = _repetition_penalty(body.presence_penalty)
+    parameters.max_new_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+    parameters.top_n_tokens = body.top_logprobs
+    return parameters
+
+
+def completion_parameters(body: CompletionRequest) -> GenerateParameters:
+    parameters = _shared(body)
+    parameters.repetition_penalty = body.repetition_penalty
+    parameters.max_new_tokens = body.max_tokens
+    return parameters
+
+
+def _shared(body: ChatRequest | CompletionRequest) -> GenerateParameters:
+    """TGI's reading: a temperature of exactly 0 is greedy, anything else samples; top_p 1 is the same as none."""
+    greedy = body.temperature == 0
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return GenerateParameters(
+        temperature=None if greedy else body.temperature,
+        do_sample=not greedy,
+        top_p=None if body.top_p == 1 else body.top_p,
+        frequency_penalty=body.frequency_penalty,
+        seed=body.seed,
+        stop=stop,
+        details=True,
+        ignore_eos_token=body.ignore_eos or body.ignore_eos_token,
+    )
+
+
+def _repetition_penalty(presence: float | None) -> float | None:
+    """TGI adds 2 to a presence penalty and takes it as a repetition penalty; 0, which many clients send, is off."""
+    return None if not presence else presence + 2.0

@@ -1,0 +1,81 @@
+"""The engine's flat figures (`engine.stats`) under TGI's metric names and our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textmill.observe.metrics import Snapshot
+
+METHODS = ("prefill", "decode")
+GAUGES = {
+    "queue_size": ("tgi_queue_size", "Sequences that wait for a slot."),
+    "batch_current_size": ("tgi_batch_current_size", "Sequences in the newest step."),
+    "batch_current_max_tokens": ("tgi_batch_current_max_tokens", "Sum of the running sequences' length limits."),
+    "batch_max_total_tokens": ("tgi_batch_max_total_tokens", "Tokens that the KV cache holds."),
+    "running": ("textmill_running", "Sequences in slots."),
+    "kv_blocks_used": ("textmill_kv_blocks_used", "KV blocks in use."),
+    "kv_blocks_total": ("textmill_kv_blocks_total", "KV blocks."),
+    "kv_blocks_cached": ("textmill_kv_blocks_cached", "Free KV blocks whose contents are kept."),
+    "requests_live": ("textmill_engine_requests_live", "Accepted by the engine and not ended."),
+}
+COUNTERS = {
+    "prefix_hit_tokens": ("textmill_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "prompt_tokens": ("textmill_prompt_tokens", "Prompt tokens of admitted sequences."),
+    "computed_tokens": ("textmill_computed_tokens", "Tokens computed by the model."),
+    "generated_tokens": ("textmill_generated_tokens", "Tokens generated."),
+    "preemptions": ("textmill_preemptions", "Sequences put back to the queue for want of KV blocks."),
+    "steps": ("textmill_steps", "Steps of the engine."),
+    "steps_failed": ("textmill_steps_failed", "Steps that failed."),
+}
+STEP_COUNTERS = {
+    "batch_inference_count": ("tgi_batch_inference_count", "Steps begun."),
+    "batch_inference_success": ("tgi_batch_inference_success", "Steps that succeeded."),
+    "batch_inference_failure": ("tgi_batch_inference_failure", "Steps that failed."),
+}
+LEDGER = ("accepted", "completed", "failed", "cancelled")
+
+
+def engine_snapshot(stats: dict[str, float]) -> Snapshot:
+    """What `/metrics` adds from the engine; empty without figures."""
+    if not stats:
+        return {}
+    found: Snapshot = {}
+    for kind, names in (("gauge", GAUGES), ("counter", COUNTERS)):
+        for key, (name, text) in names.items():
+            if key in stats:
+                found[name] = _family(kind, text, [], [[[], stats[key]]])
+    for key, (name, text) in STEP_COUNTERS.items():
+        found[name] = _family("counter", text, ["method"], _by_method(stats, key))
+    ledger = [[[state], stats.get(f"requests_{state}", 0.0)] for state in LEDGER]
+    found["textmill_engine_requests"] = _family("counter", "The engine's own ledger.", ["state"], ledger)
+    found["tgi_batch_concat"] = _family("counter", "Sequences that joined a running batch.", ["reason"], [])
+    return found | _sums(stats)
+
+
+def _by_method(stats: dict[str, float], key: str) -> list[list[Any]]:
+    return [[[method], stats.get(f"{key}_{method}", 0.0)] for method in METHODS]
+
+
+def _sums(stats: dict[str, float]) -> Snapshot:
+    """Histograms of which the engine keeps count and sum only: one bucket, so that averages can be drawn."""
+    durations = [
+        [[method], _whole(stats, f"batch_inference_success_{method}", f"batch_inference_seconds_{method}")]
+        for method in METHODS
+    ]
+    sizes = [[[], _whole(stats, "batch_next_count", "batch_next_size_sum")]]
+    return {
+        "tgi_batch_inference_duration": _histogram("Duration of a step.", ["method"], durations),
+        "tgi_batch_next_size": _histogram("Sequences in a planned step.", [], sizes),
+    }
+
+
+def _whole(stats: dict[str, float], count: str, total: str) -> list[Any]:
+    return [[int(stats.get(count, 0))], stats.get(total, 0.0)]
+
+
+def _family(kind: str, text: str, labels: list[str], series: list[list[Any]]) -> dict[str, Any]:
+    return {"kind": kind, "help": text, "labels": labels, "series": series}
+
+
+def _histogram(text: str, labels: list[str], series: list[list[Any]]) -> dict[str, Any]:
+    return {**_family("histogram", text, labels, series), "bounds": []}
