@@ -63,7 +63,7 @@ def level_number(text: str) -> int:
     return logging.INFO
 
 
-def event(logger: logging.Logger, level: int, message: str, **fields: object) -> None:
+def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
     """Log `message` with named values beside it."""
     if logger.isEnabledFor(level):
         logger.log(level, "%s", message, extra={"fields": fields})
