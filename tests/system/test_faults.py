@@ -103,7 +103,7 @@ async def test_disconnected_clients_give_their_blocks_back(launch: Callable[...,
     server = launch()
     before = server.metric("textmill_kv_blocks_used")
     streams = await sixteen(server)
-    for reader, writer in streams[::2]:
+    for _, writer in streams[::2]:
         writer.transport.abort()
     wait_for(lambda: ledger(server)["cancelled"] == 8, 5)
     for reader, writer in streams[1::2]:
