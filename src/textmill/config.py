@@ -37,7 +37,6 @@ QUANTIZE = (
     "fp8",
 )
 SHARDS = "tensor parallelism"
-SHARD_UDS_PATH = "/tmp/text-generation-server"
 CUDA_GRAPHS = (1, 2, 4, 8, 16, 32)
 
 
@@ -169,12 +168,6 @@ class Settings:
     engine_hang_timeout: float = setting(
         30.0, PROCESSES, "Seconds without a finished step, while there is work, after which an engine is killed."
     )
-    shard_uds_path: str = setting(
-        SHARD_UDS_PATH,
-        PROCESSES,
-        "Prefix of the engine's socket; -0 is appended.",
-        default_help="a private folder, removed at exit",
-    )
 
     log_level: str = setting(
         "info", LOGS, "Least level that is logged: error, warn, info, debug or trace (a filter's first level counts)."
@@ -189,6 +182,9 @@ class Settings:
     max_waiting_tokens: int = setting(20, NO_EFFECT, "Prompts are cut into chunks; nothing waits for decode steps.")
     prometheus_port: int = setting(
         9000, NO_EFFECT, "Metrics are at /metrics of the HTTP port; no second port is opened.", maximum=65535
+    )
+    shard_uds_path: str = setting(
+        "/tmp/text-generation-server", NO_EFFECT, "The engine's socket lies in a private folder, removed at exit."
     )
     enable_prefill_logprobs: bool = setting(
         False, NO_EFFECT, "Prompt log-probabilities are always to be had (`decoder_input_details`)."

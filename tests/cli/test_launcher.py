@@ -138,6 +138,8 @@ def test_second_signal_does_not_wait(start: Start) -> None:
     server.process.send_signal(signal.SIGTERM)
     server.wait_for(lambda: server.pids("router0", "term"))
     server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: len(server.pids("router0", "term")) == 2)  # its chance for last words
+    server.process.send_signal(signal.SIGTERM)
     assert server.end(3.0) == 128 + signal.SIGTERM
     server.assert_nothing_left()
 
@@ -148,7 +150,7 @@ def test_children_that_ignore_sigterm_are_killed_in_time(start: Start) -> None:
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
-    assert 4.0 < time.monotonic() - began < 8.0
+    assert 5.0 < time.monotonic() - began < 9.0
     assert "router 0 did not end in time and is killed" in server.text()
     server.assert_nothing_left()
 

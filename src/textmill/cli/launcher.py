@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from textmill.cli.child import Handed
@@ -22,18 +21,19 @@ from textmill.cli.processes import Child, Exited, Said, Signalled, Watch
 from textmill.cli.progress import show
 from textmill.cli.runtime_dir import RuntimeDirectory
 from textmill.cli.status import BEAT, READY, Status
-from textmill.config import SHARD_UDS_PATH, Settings
+from textmill.config import Settings
 from textmill.observe.logs import event
 
 log = logging.getLogger(__name__)
 
 TEXTMILL = (sys.executable, "-P", "-m", "textmill")
 RESTART_WINDOW = 600.0  # seconds in which `engine_restarts` are counted
-ROUTER_MARGIN = 5.0  # seconds a router may take beyond the drain it was promised
+ROUTER_MARGIN = 4.0  # seconds a router may take beyond the drain it was promised
+LAST_WORDS = 2.0  # seconds a router gets, after a second SIGTERM, to tell its clients that this is the end
 ENGINE_GRACE = 5.0  # seconds an engine may take to end once no router needs it
-FAILURE_GRACE = 3.0  # seconds routers get to tell their clients after a failure
+FAILURE_GRACE = 1.0  # seconds until that second SIGTERM when nothing can go on
+HURRY = 1.0  # seconds for last words when a second signal says: now
 DUMP_GRACE = 1.0  # seconds a hung engine gets to write its stacks before it is killed
-HTTP_SCHEME_PORT = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,8 @@ class Launcher:
         self.restarts: deque[float] = deque()
         self.code: int | None = None  # decided as soon as we begin to stop
         self.deadline: float | None = None  # when what is left of the present stage is killed
+        self.hurried = False
+        self.last_call = False  # routers have been told to end at once
         self.done = False
         self.failure = ""
 
@@ -88,14 +90,12 @@ class Launcher:
                 for child in list(self.watch.children):
                     child.kill()
                 self.watch.close()
-                self.socket_path.unlink(missing_ok=True)
         return 1 if self.code is None else self.code
 
     # --- starting
 
     def _start(self, place: RuntimeDirectory) -> None:
-        prefix = self.settings.shard_uds_path
-        self.socket_path = place.path / "engine-0" if prefix == SHARD_UDS_PATH else Path(f"{prefix}-0")
+        self.socket_path = place.path / "engine"
         self.settings_path = place.write_private("settings.json", Handed(self.settings, self.source).to_json())
         self._start_engine()
         self.permits = fill_permits(self.settings.max_concurrent_requests)
@@ -132,14 +132,18 @@ class Launcher:
                 self._on_router_exit(child)
 
     def _on_signal(self, number: int) -> None:
+        """The first signal drains, the second ends within moments, the third kills."""
         name = signal.Signals(number).name
         if self.code is None:
-            code = 128 + number if number == signal.SIGINT else 0
             event(log, logging.INFO, f"{name}: no new requests; running ones get to finish")
+            code = 128 + number if number == signal.SIGINT else 0
             self._stop(code, self.settings.graceful_termination_timeout + ROUTER_MARGIN)
-        else:
+        elif not self.hurried:
             event(log, logging.WARNING, f"{name} again: ending now")
+            self.hurried = True
             self.code = self.code or 128 + number
+            self._last_call(HURRY)
+        else:
             self.done = True
 
     def _on_status(self, child: Child, status: Status) -> None:
@@ -213,6 +217,7 @@ class Launcher:
         """Routers first: they finish what runs, for which they need the engine."""
         self.code = code
         self.deadline = time.monotonic() + grace
+        self.listener.close()  # once the routers have closed theirs, new connections are refused
         for router in self.routers:
             router.send(signal.SIGTERM)
         if not self.routers:
@@ -239,10 +244,19 @@ class Launcher:
         elif self.deadline is None and self.engine is not None and self.engine.ready:
             self._check_hang(self.engine, now)
 
+    def _last_call(self, grace: float) -> None:
+        """Tell routers a second time to end: now they end what runs, with last words to its clients."""
+        self.last_call = True
+        self.deadline = time.monotonic() + grace
+        for router in self.routers:
+            router.send(signal.SIGTERM)
+
     def _end_stage(self) -> None:
         """The time of this stage is over: kill who is left in it. Their exits lead to the next stage."""
-        late = self.routers or ([self.engine] if self.engine is not None else [])
-        for child in late:
+        if self.routers and not self.last_call:
+            self._last_call(LAST_WORDS)
+            return
+        for child in self.routers or ([self.engine] if self.engine is not None else []):
             event(log, logging.WARNING, f"{child.name} did not end in time and is killed")
             child.send(signal.SIGKILL)
         self.deadline = time.monotonic() + ENGINE_GRACE
