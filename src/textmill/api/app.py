@@ -50,7 +50,6 @@ ROUTES = (
     Entry("GET", "/api-doc/openapi.json", docs_routes.openapi),
     Entry("GET", "/docs", docs_routes.docs),
 )
-PRIVATE_ROUTES = (Entry("GET", "/internal/metrics", info_routes.internal_metrics),)
 
 
 class Endpoint:
@@ -85,27 +84,18 @@ async def empty_error(request: Request, error: Exception) -> Response:
 
 
 def create_app(state: RouterState) -> ASGIApp:
-    """The public app."""
+    """The app for one router's state."""
     origins = state.settings.cors_allow_origin or ("*",)
     cors = Middleware(
         CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["content-type"]
     )
-    return _app(state, ROUTES, [cors])
-
-
-def create_private_app(state: RouterState) -> ASGIApp:
-    """What a router serves to its peers on a private socket."""
-    return _app(state, PRIVATE_ROUTES, [])
-
-
-def _app(state: RouterState, entries: tuple[Entry, ...], middleware: list[Middleware]) -> Starlette:
     by_path: dict[str, list[Entry]] = {}
-    for entry in entries:
+    for entry in ROUTES:
         by_path.setdefault(entry.path, []).append(entry)
     found = [
         Route(path, Endpoint(state, some), methods=[one.method for one in some], name=path)
         for path, some in by_path.items()
     ]
-    app = Starlette(routes=found, middleware=middleware, exception_handlers={404: empty_error, 405: empty_error})
+    app = Starlette(routes=found, middleware=[cors], exception_handlers={404: empty_error, 405: empty_error})
     app.router.redirect_slashes = False
     return app

@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 BodyT = TypeVar("BodyT")
+RAW = msgspec.json.Decoder(msgspec.Raw)
 PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>\$.*)`)?$", re.DOTALL)
 MISMATCH = re.compile(r"^Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`$")
 MISSING = re.compile(r"^Object missing required field (?P<name>`[^`]*`)$")
@@ -35,16 +36,22 @@ def decode(decoder: msgspec.json.Decoder[BodyT], body: bytes) -> BodyT:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _wrong_shape(str(error)) from None
-    except RecursionError:
-        raise _not_json("recursion limit exceeded") from None
-    except msgspec.DecodeError as error:
-        raise _not_json(str(error)) from None
-    except UnicodeDecodeError:
-        raise _not_json("invalid unicode code point") from None
+        shape = _wrong_shape(str(error))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise _not_json(error) from None
+    try:  # a body that is broken further on is not JSON at all, whatever its shape
+        RAW.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise _not_json(error) from None
+    raise shape
 
 
-def _not_json(reason: str) -> Refusal:
+def _not_json(error: Exception) -> Refusal:
+    reason = str(error)
+    if isinstance(error, RecursionError):
+        reason = "recursion limit exceeded"
+    elif isinstance(error, UnicodeDecodeError):
+        reason = "invalid unicode code point"
     return Refusal(400, f"Failed to parse the request body as JSON: {reason}")
 
 

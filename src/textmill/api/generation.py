@@ -52,7 +52,6 @@ class Generation:
     steps: list[TokenStep] = field(default_factory=list)
     finish: str | None = None
     matched: bool = False
-    bare_end: bool = False  # the engine ended the sequence without a token
     count: int = 0
     logprob_sum: float = 0.0
     prompt_logprobs: tuple[float, ...] | None = None
@@ -88,7 +87,7 @@ class Generation:
                 break
         else:
             self._end(emission, new)
-        if self.keep:
+        if self.keep and emission.tokens:
             self.steps += new
         return new
 
@@ -122,8 +121,7 @@ class Generation:
         tail, self.matched = self.matcher.push(self.decoder.flush())
         self.pieces.append(tail)
         if not new:  # an end without a token: an empty one carries the end of the stream
-            new.append(TokenStep(Token(self.prompt.ids[-1], "", None, True), [], ""))
-            self.bare_end = True
+            new.append(TokenStep(Token(self.prompt.ids[-1], "", None, False), [], ""))
         last = new[-1]
         last.text += tail
         if not last.token.special:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 from textmill.api.exchange import Exchange
+from textmill.api.peers import peer_snapshot
 from textmill.api.schema import Info
 from textmill.api.state import RouterState
 from textmill.errors import Draining, TextmillError, Unhealthy
 from textmill.observe.engine_metrics import engine_snapshot
-from textmill.observe.metrics import Snapshot, merge, render
+from textmill.observe.metrics import merge, render
 
-PEER_TIMEOUT = 1.0
+STATS_TIMEOUT = 1.0
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -94,30 +94,7 @@ async def _engine_stats(state: RouterState) -> dict[str, float]:
     if not state.engine.connected:
         return {}
     try:
-        async with asyncio.timeout(PEER_TIMEOUT):
+        async with asyncio.timeout(STATS_TIMEOUT):
             return await state.engine.stats()
     except (TimeoutError, ConnectionError, TextmillError):
         return {}
-
-
-async def internal_metrics(exchange: Exchange) -> None:
-    """GET /internal/metrics, on the private socket only: this router's figures as data."""
-    await exchange.json(exchange.state.metrics.registry.snapshot())
-
-
-async def peer_snapshot(path: str) -> Snapshot:
-    """Another router's figures over its private socket; empty if it is not there."""
-    try:
-        async with asyncio.timeout(PEER_TIMEOUT):
-            reader, writer = await asyncio.open_unix_connection(path, limit=1 << 22)
-            try:
-                writer.write(b"GET /internal/metrics HTTP/1.0\r\n\r\n")
-                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-            finally:
-                writer.close()
-    except (TimeoutError, OSError):
-        return {}
-    if b" 200 " not in head.split(b"\r\n", 1)[0]:
-        return {}
-    snapshot: Snapshot = json.loads(body)
-    return snapshot

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-PIPE_CAPACITY = 65536  # bytes that a Linux pipe holds by default, one permit each
-
 
 class Permits(Protocol):
     def try_acquire(self, count: int) -> bool:
@@ -33,30 +31,20 @@ class LocalPermits:
 
 
 class PipePermits:
-    """One byte in an inherited pipe per free permit: reading takes one, writing gives it back.
+    """One byte in a pipe that all routers inherit per free permit: reading takes one, writing gives it back.
 
-    The kernel makes each read and write atomic, so routers need no lock. `held` is what this process holds; a launcher
-    gives a dead router's share back by writing that many bytes itself.
+    The kernel keeps each read and write whole, so routers need no lock. `fd` is open for both (the launcher makes it,
+    `cli.permits`). `held` is what this process holds, which is lost if it is killed.
     """
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
-        self.read_fd = read_fd
-        self.write_fd = write_fd
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
         self.held = 0
-        os.set_blocking(read_fd, False)
-
-    @staticmethod
-    def create(total: int) -> tuple[int, int]:
-        """A filled pipe as (read descriptor, write descriptor), both inheritable; at most 65,536 permits."""
-        read_fd, write_fd = os.pipe()
-        os.write(write_fd, b"p" * min(total, PIPE_CAPACITY))
-        for fd in (read_fd, write_fd):
-            os.set_inheritable(fd, True)
-        return read_fd, write_fd
+        os.set_blocking(fd, False)
 
     def try_acquire(self, count: int) -> bool:
         try:
-            taken = len(os.read(self.read_fd, count))
+            taken = len(os.read(self.fd, count))
         except BlockingIOError:
             return False
         self.held += taken
@@ -68,4 +56,4 @@ class PipePermits:
     def release(self, count: int) -> None:
         if count:
             self.held -= count
-            os.write(self.write_fd, b"p" * count)
+            os.write(self.fd, b"." * count)
