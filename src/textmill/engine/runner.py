@@ -10,11 +10,12 @@ from textmill.core import RunnerLimits, Step, StepResult
 class Runner(Protocol):
     """One model behind a slot table. Blocks are numbered 0 .. limits.num_blocks - 1, slots likewise.
 
-    The engine relies on four things. Steps run strictly in the order they were submitted, so a block or slot freed
+    The engine relies on this. Steps run strictly in the order they were submitted, so a block or slot freed
     while step N runs may be used again by step N + 1. Releasing an empty slot does nothing, and an admission
     replaces whatever the slot held, so that a step that raised leaves no slot unusable. When `collect` raises, only
-    the oldest uncollected step is lost and the next `collect` speaks of the next one. A step whose `submit` raised
-    is never collected.
+    the oldest uncollected step is lost and the next `collect` speaks of the next one; there, a row whose slot had
+    a row in the lost step is void and must not raise (any answer will do, best `Sampled.error`). A step whose
+    `submit` raised has changed nothing and is never collected.
     """
 
     @property
