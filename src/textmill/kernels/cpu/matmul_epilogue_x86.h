@@ -68,8 +68,8 @@ inline __m256 activate(__m256 x, Activation activation) {
 }
 
 // Writes columns [column, column + width) of `rows` rows from y (and up, if gated), `half` being the first up column.
-inline void finish_strip(const Epilogue& e, const float* y, int64_t ld, const float* up, int64_t up_ld, int64_t half,
-                         int64_t row, int64_t rows, int64_t column, int64_t width, float* out, int64_t stride) {
+inline void finish_strip(const Epilogue& e, const float* y, const float* up, int64_t ld, int64_t half, int64_t row,
+                         int64_t rows, int64_t column, int64_t width, float* out, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* residual = e.residual ? e.residual + (row + r) * e.residual_stride + column : nullptr;
     float* to = out + (row + r) * stride + column;
@@ -79,7 +79,7 @@ inline void finish_strip(const Epilogue& e, const float* y, int64_t ld, const fl
       if (e.bias) value = _mm256_add_ps(value, _mm256_maskload_ps(e.bias + column + c, mask));
       value = activate(value, e.activation);
       if (up) {
-        __m256 factor = _mm256_loadu_ps(up + r * up_ld + c);
+        __m256 factor = _mm256_loadu_ps(up + r * ld + c);
         if (e.bias) factor = _mm256_add_ps(factor, _mm256_maskload_ps(e.bias + half + column + c, mask));
         value = _mm256_mul_ps(value, factor);
       }

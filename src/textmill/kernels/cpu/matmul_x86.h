@@ -18,27 +18,31 @@ namespace {
 #define TEXTMILL_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
-constexpr int64_t kStripLd = 8 * kStrip;   // floats between rows of a strip
-constexpr int64_t kUpLd = kStripLd + 8;    // the same for [up] columns that may straddle blocks
-constexpr int64_t kMaxRows = 128;          // rows computed before the next strip
-constexpr int64_t kDirectRows = 4;         // up to so many rows use the packed codes directly
-constexpr int64_t kPanelChunks = 24;       // chunks expanded at a time
+constexpr int64_t kLd = 8 * (kStrip + 1);  // floats between rows of a strip's results; one block more for [up] columns
+constexpr int64_t kMaxRows = 120;          // rows computed before the next strip
+constexpr int64_t kDirectRows = 12;        // up to so many rows use the packed codes directly, without a panel
 constexpr int64_t kDensePanel = 256;       // inputs of a dense strip kept in the first-level cache
 
 constexpr int planes(int bits) { return bits == 8 && Isa::kSplitBytes ? 2 : 1; }
+constexpr int units(bool half) { return half ? 2 : 1; }  // float steps a chunk
 
 // ---- packed weights --------------------------------------------------------------------------------------------------
 
-// A tile: up to 4 rows times up to 2 column blocks over a range of chunks.
+// A panel is what tiles of many rows read instead of the packed blocks: for each chunk the expanded codes of C blocks (256
+// bytes a plane), then for each unit and block 8 scales and 8 offsets in 32 bits.
+constexpr int64_t panel_step(int blocks, int bits, bool half) {
+  return blocks * (planes(bits) * 256 + units(half) * 64);
+}
+constexpr int64_t kPanelBytes = 16 << 10;
+
+// A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
 struct Tile {
-  const uint8_t* codes[2];
-  const uint8_t* scales[2];
-  const uint8_t* x;  // the first row's first record
-  int64_t x_stride;  // bytes between rows
-  int64_t chunks;
-  float* y;  // read, added to and written
-  int64_t ld;
   const PackedView* w;
+  const uint8_t* blocks[2];  // packed blocks, or in [0] the panel
+  const uint8_t* x;          // the first row's first record
+  int64_t x_stride;          // bytes between rows
+  int64_t chunks;
+  float* y;          // read, added to and written; kLd floats between rows
   int64_t prefetch;  // bytes ahead; direct tiles only
 };
 
@@ -61,7 +65,7 @@ TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index)
 
 // The integer dots of quads [kFirst, kFirst + kCount) of one chunk.
 template <int R, int C, int kBits, bool kDirect, int kFirst, int kCount>
-TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* record, int64_t x_stride, __m256i dots[R][C]) {
+TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* const* records, __m256i dots[R][C]) {
   constexpr int P = planes(kBits);
   __m256i sums[R][C][P];
 #pragma GCC unroll 8
@@ -75,7 +79,7 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* reco
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t four;
-      __builtin_memcpy(&four, record + r * x_stride + q * 4, 4);
+      __builtin_memcpy(&four, records[r] + q * 4, 4);
       const __m256i a = _mm256_set1_epi32(four);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
@@ -97,8 +101,7 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* reco
 
 // What of a tile stays the same over its chunks; in registers, since stores to y might alias the tile itself.
 struct Fixed {
-  int64_t x_stride;
-  int64_t ld;
+  float* y;
   __m256 zero;
   bool has_zero;
   bool has_offsets;
@@ -107,11 +110,11 @@ struct Fixed {
 
 // y += s * (scale * (dot - zero * sum) + offset * sum) for every row and block of the tile; see matmul_impl.h.
 template <int R, int C, bool kZero, bool kOffsets>
-TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* record, int sum_index, const __m256i dots[R][C],
-                              const __m256* scale, const __m256* offset, float* y) {
+TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* records, int sum_index, const __m256i dots[R][C],
+                              const __m256* scale, const __m256* offset) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const float* tail = reinterpret_cast<const float*>(record + r * fixed.x_stride + kRecordScale);
+    const float* tail = reinterpret_cast<const float*>(records[r] + kRecordScale);
     const __m256 s = _mm256_broadcast_ss(tail);
     const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
 #pragma GCC unroll 4
@@ -120,19 +123,20 @@ TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* record, int sum
       if (kZero) t = _mm256_fnmadd_ps(fixed.zero, sum, t);
       t = _mm256_mul_ps(t, scale[c]);
       if (kOffsets) t = _mm256_fmadd_ps(offset[c], sum, t);
-      float* at = y + r * fixed.ld + c * 8;
-      _mm256_storeu_ps(at, _mm256_fmadd_ps(s, t, _mm256_loadu_ps(at)));
+      float* at = fixed.y + r * kLd + c * 8;
+      _mm256_store_ps(at, _mm256_fmadd_ps(s, t, _mm256_load_ps(at)));
     }
   }
 }
 
+// One unit; codes and sets point to it in each block.
 template <int R, int C, int kBits, bool kHalf, bool kDirect, int kPart>
-TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes, const uint8_t* record,
-                              const uint8_t* const* sets, float* y) {
+TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
+                              const uint8_t* const* records, const uint8_t* const* sets) {
   constexpr int kFirst = kHalf ? 4 * kPart : 0;
   constexpr int kSum = kHalf ? 1 + kPart : 0;
   __m256i dots[R][C];
-  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, record, fixed.x_stride, dots);
+  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, records, dots);
   __m256 scale[C], offset[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
@@ -141,14 +145,53 @@ TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes, c
   }
   if (fixed.has_offsets) {
     if (fixed.has_zero) {
-      add_unit<R, C, true, true>(fixed, record, kSum, dots, scale, offset, y);
+      add_unit<R, C, true, true>(fixed, records, kSum, dots, scale, offset);
     } else {
-      add_unit<R, C, false, true>(fixed, record, kSum, dots, scale, offset, y);
+      add_unit<R, C, false, true>(fixed, records, kSum, dots, scale, offset);
     }
   } else if (fixed.has_zero) {
-    add_unit<R, C, true, false>(fixed, record, kSum, dots, scale, offset, y);
+    add_unit<R, C, true, false>(fixed, records, kSum, dots, scale, offset);
   } else {
-    add_unit<R, C, false, false>(fixed, record, kSum, dots, scale, offset, y);
+    add_unit<R, C, false, false>(fixed, records, kSum, dots, scale, offset);
+  }
+}
+
+inline Fixed fix(const Tile& tile) {
+  const PackedView& w = *tile.w;
+  return {tile.y, _mm256_set1_ps(static_cast<float>(w.zero)), w.zero != 0, w.has_offsets, w.half_floats};
+}
+
+// Pointers to the records of R rows. GCC must not see how they hang together, or it keeps a pointer for each address that
+// it can foresee, and results in registers that the sums need.
+template <int R>
+TEXTMILL_INLINE void find_records(const uint8_t* first, int64_t stride, const uint8_t** records) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    asm volatile("" : "+r"(first) : : "memory");
+    records[r] = first;
+    first += stride;
+  }
+}
+
+template <int R, int C, int kBits, bool kHalf>
+void run_panel_tile(const Tile& tile) {
+  constexpr int64_t kCodes = planes(kBits) * 256;
+  const Fixed fixed = fix(tile);
+  const uint8_t* at = tile.blocks[0];
+  const uint8_t *record = tile.x, *records[R];
+  for (int64_t left = tile.chunks; left > 0; --left) {
+    asm("" : "+r"(at));
+    find_records<R>(record, tile.x_stride, records);
+    const uint8_t *codes[C], *sets[C], *second[C];
+    for (int c = 0; c < C; ++c) {
+      codes[c] = at + c * kCodes;
+      sets[c] = at + C * kCodes + c * 64;
+      second[c] = sets[c] + C * 64;
+    }
+    run_unit<R, C, kBits, kHalf, false, 0>(fixed, codes, records, sets);
+    if (kHalf) run_unit<R, C, kBits, kHalf, false, 1>(fixed, codes, records, second);
+    at += panel_step(C, kBits, kHalf);
+    record += kRecordBytes;
   }
 }
 
@@ -165,36 +208,28 @@ TEXTMILL_INLINE void prefetch_chunk(const uint8_t* const* codes, const uint8_t* 
   }
 }
 
-template <int R, int C, int kBits, bool kHalf, bool kDirect>
-void run_tile(const Tile& tile) {
+template <int R, int C, int kBits, bool kHalf>
+void run_direct_tile(const Tile& tile) {
   const PackedView& w = *tile.w;
-  const Fixed fixed = {tile.x_stride, tile.ld, _mm256_set1_ps(static_cast<float>(w.zero)), w.zero != 0, w.has_offsets,
-                       w.half_floats};
-  const int64_t code_step = kDirect ? w.code_bytes : planes(kBits) * 256;
-  const int64_t set_step = kDirect ? w.set_bytes : 64;
-  const int64_t chunks_per_set = kDirect ? w.chunks_per_group : 1;
-  const int64_t chunks = tile.chunks, ahead = tile.prefetch;
-  const uint8_t* codes[C];
-  const uint8_t* sets[C];
-  for (int c = 0; c < C; ++c) {
-    codes[c] = tile.codes[c];
-    sets[c] = tile.scales[c];
-  }
-  const uint8_t* record = tile.x;
-  float* y = tile.y;
+  const Fixed fixed = fix(tile);
+  const int64_t set_bytes = w.set_bytes, chunks_per_set = w.chunks_per_group, ahead = tile.prefetch;
+  const uint8_t* codes[2] = {tile.blocks[0], tile.blocks[C - 1]};
+  const uint8_t* sets[2] = {tile.blocks[0] + w.scales_at, tile.blocks[C - 1] + w.scales_at};
+  const uint8_t *record = tile.x, *records[R];
   int64_t left_in_set = chunks_per_set;
-  for (int64_t i = 0; i < chunks; ++i) {
-    if (kDirect) prefetch_chunk<C, kBits>(codes, sets, ahead);
-    run_unit<R, C, kBits, kHalf, kDirect, 0>(fixed, codes, record, sets, y);
+  for (int64_t left = tile.chunks; left > 0; --left) {
+    find_records<R>(record, tile.x_stride, records);
+    if (ahead) prefetch_chunk<C, kBits>(codes, sets, ahead);
+    run_unit<R, C, kBits, kHalf, true, 0>(fixed, codes, records, sets);
     if (kHalf) {
-      for (int c = 0; c < C; ++c) sets[c] += set_step;
-      run_unit<R, C, kBits, kHalf, kDirect, 1>(fixed, codes, record, sets, y);
+      for (int c = 0; c < C; ++c) sets[c] += set_bytes;
+      run_unit<R, C, kBits, kHalf, true, 1>(fixed, codes, records, sets);
     }
     const bool next_set = --left_in_set == 0;
     if (next_set) left_in_set = chunks_per_set;
     for (int c = 0; c < C; ++c) {
-      codes[c] += code_step;
-      if (next_set) sets[c] += set_step;
+      codes[c] += kChunk * kColumnBlock * kBits / 8;
+      if (next_set) sets[c] += set_bytes;
     }
     record += kRecordBytes;
   }
@@ -202,44 +237,61 @@ void run_tile(const Tile& tile) {
 
 using TileFunction = void (*)(const Tile&);
 
-// Tiles of 1..4 rows and 1 or 2 blocks.
+constexpr int64_t kTileRows = 6;
+
+// Tiles of 1..6 rows and 1 or 2 blocks.
 struct TileTable {
-  TileFunction of[4][2];
+  TileFunction of[kTileRows][2];
 };
 
-template <int kBits, bool kHalf, bool kDirect>
-constexpr TileTable kTiles = {{{run_tile<1, 1, kBits, kHalf, kDirect>, run_tile<1, 2, kBits, kHalf, kDirect>},
-                               {run_tile<2, 1, kBits, kHalf, kDirect>, run_tile<2, 2, kBits, kHalf, kDirect>},
-                               {run_tile<3, 1, kBits, kHalf, kDirect>, run_tile<3, 2, kBits, kHalf, kDirect>},
-                               {run_tile<4, 1, kBits, kHalf, kDirect>, run_tile<4, 2, kBits, kHalf, kDirect>}}};
+#define TEXTMILL_TILES(run, R) {run<R, 1, kBits, kHalf>, run<R, 2, kBits, kHalf>}
+#define TEXTMILL_ALL_TILES(run)                                                                \
+  {                                                                                            \
+    {                                                                                          \
+      TEXTMILL_TILES(run, 1), TEXTMILL_TILES(run, 2), TEXTMILL_TILES(run, 3),                  \
+          TEXTMILL_TILES(run, 4), TEXTMILL_TILES(run, 5), TEXTMILL_TILES(run, 6),              \
+    }                                                                                          \
+  }
+template <int kBits, bool kHalf>
+constexpr TileTable kPanelTiles = TEXTMILL_ALL_TILES(run_panel_tile);
+template <int kBits, bool kHalf>
+constexpr TileTable kDirectTiles = TEXTMILL_ALL_TILES(run_direct_tile);
 
-template <bool kDirect>
-const TileTable& tiles_for(const PackedView& w) {
-  if (w.bits == 4) return w.half_groups ? kTiles<4, true, kDirect> : kTiles<4, false, kDirect>;
-  return w.half_groups ? kTiles<8, true, kDirect> : kTiles<8, false, kDirect>;
+const TileTable& panel_tiles(const PackedView& w) {
+  if (w.bits == 4) return w.half_groups ? kPanelTiles<4, true> : kPanelTiles<4, false>;
+  return w.half_groups ? kPanelTiles<8, true> : kPanelTiles<8, false>;
 }
 
-// Expands the codes and scales of chunks [first, first + count) of a block, for tiles that are not direct.
+const TileTable& direct_tiles(const PackedView& w) {
+  if (w.bits == 4) return w.half_groups ? kDirectTiles<4, true> : kDirectTiles<4, false>;
+  return w.half_groups ? kDirectTiles<8, true> : kDirectTiles<8, false>;
+}
+
+// Expands chunks [first, first + count) of one block into its places of a panel of `blocks` blocks; `to` is the place of its
+// first codes, `sets` of its first scales.
 template <int kBits>
-void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int64_t count, uint8_t* codes, float* sets) {
+void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int64_t count, int64_t blocks, uint8_t* to,
+                  uint8_t* sets) {
   constexpr int P = planes(kBits);
+  const int64_t step = panel_step(static_cast<int>(blocks), kBits, w.half_groups);
+  const int64_t parts = units(w.half_groups);
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* from = block + (first + i) * w.code_bytes;
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(codes + p * 256 + q * kQuadBytes), load_quad<kBits, true>(from, q, p));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + p * 256 + q * kQuadBytes), load_quad<kBits, true>(from, q, p));
       }
     }
-    codes += P * 256;
-  }
-  const int64_t units = w.half_groups ? 2 : 1;
-  for (int64_t u = first * units; u < (first + count) * units; ++u) {
-    const uint8_t* set = block + w.scales_at + u / w.chunks_per_group * w.set_bytes;
-    _mm256_store_ps(sets, load_scales(!w.half_floats, set, 0));
-    _mm256_store_ps(sets + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
-    sets += 16;
+    for (int64_t part = 0; part < parts; ++part) {
+      const uint8_t* set = block + w.scales_at + ((first + i) * parts + part) / w.chunks_per_group * w.set_bytes;
+      float* scales = reinterpret_cast<float*>(sets + part * blocks * 64);
+      _mm256_store_ps(scales, load_scales(!w.half_floats, set, 0));
+      _mm256_store_ps(scales + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
+    }
+    to += step;
+    sets += step;
   }
 }
 
@@ -248,74 +300,69 @@ struct PackedProducts {
   const PackedView& w;
   const uint8_t* x;
 
-  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, int64_t ld) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < count; ++c) _mm256_storeu_ps(y + r * ld + c * 8, _mm256_setzero_ps());
-    }
-    for (int64_t b = 0; b < count; b += 2) {
-      const int64_t width = count - b < 2 ? 1 : 2;
-      if (rows <= kDirectRows) {
-        direct(block + b, width, row, rows, y + b * 8, ld);
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y) const {
+    // Registers suffice for 6 rows and two blocks of one plane each, or one of two.
+    const int64_t most = planes(w.bits) == 2 ? 1 : 2;
+    const bool few = rows <= kDirectRows;
+    for (int64_t b = 0; b < count;) {
+      const int64_t limit = few && rows <= 2 ? 2 : most;
+      const int64_t width = count - b < limit ? count - b : limit;
+      if (few) {
+        direct(block + b, width, row, rows, y + b * 8);
       } else {
-        expanded(block + b, width, row, rows, y + b * 8, ld);
+        panels(block + b, width, row, rows, y + b * 8);
       }
+      b += width;
     }
   }
 
-  Tile tile_at(int64_t row, int64_t chunk, float* y, int64_t ld) const {
+  Tile tile_at(int64_t row, int64_t chunk, float* y) const {
     Tile tile;
+    tile.w = &w;
     tile.x_stride = w.chunks * kRecordBytes;
     tile.x = x + row * tile.x_stride + chunk * kRecordBytes;
     tile.y = y;
-    tile.ld = ld;
-    tile.w = &w;
-    tile.prefetch = 2 * w.block_bytes;
+    tile.prefetch = 0;
     return tile;
   }
 
-  // Calls the table's tiles for two blocks together, or one after the other where registers do not suffice for both.
+  // All rows, in tiles of about the same size.
   void run(const TileTable& table, Tile tile, int64_t width, int64_t rows) const {
-    const bool pair = width == 2 && (w.bits == 4 || !Isa::kSplitBytes || rows <= 2);
-    table.of[rows - 1][pair](tile);
-    if (pair || width == 1) return;
-    tile.codes[0] = tile.codes[1];
-    tile.scales[0] = tile.scales[1];
-    tile.y += 8;
-    table.of[rows - 1][0](tile);
-  }
-
-  void direct(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, int64_t ld) const {
-    Tile tile = tile_at(row, 0, y, ld);
-    for (int64_t c = 0; c < width; ++c) {
-      tile.codes[c] = w.data + (block + c) * w.block_bytes;
-      tile.scales[c] = tile.codes[c] + w.scales_at;
+    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+      const int64_t some = (rows + tiles - 1) / tiles;
+      table.of[some - 1][width - 1](tile);
+      tile.x += some * tile.x_stride;
+      tile.y += some * kLd;
+      tile.prefetch = 0;
+      rows -= some;
     }
-    tile.chunks = w.chunks;
-    run(tiles_for<true>(w), tile, width, rows);
   }
 
-  void expanded(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, int64_t ld) const {
-    constexpr int64_t kBytes = kPanelChunks * 256 * planes(8);
-    alignas(64) uint8_t codes[2][kBytes];
-    alignas(64) float sets[2][kPanelChunks * 2 * 16];
-    const int64_t limit = w.bits == 8 && Isa::kSplitBytes ? kPanelChunks / 2 : kPanelChunks;
-    const int64_t panels = (w.chunks + limit - 1) / limit;
-    const int64_t panel = (w.chunks + panels - 1) / panels;
-    for (int64_t first = 0; first < w.chunks; first += panel) {
-      const int64_t count = w.chunks - first < panel ? w.chunks - first : panel;
-      Tile tile = tile_at(row, first, y, ld);
-      tile.chunks = count;
+  void direct(int64_t block, int64_t width, int64_t row, int64_t rows, float* y) const {
+    Tile tile = tile_at(row, 0, y);
+    tile.blocks[0] = w.data + block * w.block_bytes;
+    tile.blocks[1] = tile.blocks[0] + w.block_bytes;
+    tile.chunks = w.chunks;
+    tile.prefetch = 2 * w.block_bytes;
+    run(direct_tiles(w), tile, width, rows);
+  }
+
+  void panels(int64_t block, int64_t width, int64_t row, int64_t rows, float* y) const {
+    alignas(64) uint8_t panel[kPanelBytes];
+    const int64_t limit = kPanelBytes / panel_step(static_cast<int>(width), w.bits, w.half_groups);
+    const int64_t parts = (w.chunks + limit - 1) / limit;
+    const int64_t chunks = (w.chunks + parts - 1) / parts;
+    const int64_t code_bytes = planes(w.bits) * 256;
+    for (int64_t first = 0; first < w.chunks; first += chunks) {
+      Tile tile = tile_at(row, first, y);
+      tile.blocks[0] = panel;
+      tile.chunks = w.chunks - first < chunks ? w.chunks - first : chunks;
       for (int64_t c = 0; c < width; ++c) {
-        const uint8_t* at = w.data + (block + c) * w.block_bytes;
-        (w.bits == 4 ? expand_block<4> : expand_block<8>)(w, at, first, count, codes[c], sets[c]);
-        tile.codes[c] = codes[c];
-        tile.scales[c] = reinterpret_cast<const uint8_t*>(sets[c]);
+        const uint8_t* from = w.data + (block + c) * w.block_bytes;
+        (w.bits == 4 ? expand_block<4> : expand_block<8>)(w, from, first, tile.chunks, width, panel + c * code_bytes,
+                                                         panel + width * code_bytes + c * 64);
       }
-      for (int64_t r = 0; r < rows; r += 4) {
-        run(tiles_for<false>(w), tile, width, rows - r < 4 ? rows - r : 4);
-        tile.x += 4 * tile.x_stride;
-        tile.y += 4 * ld;
-      }
+      run(panel_tiles(w), tile, width, rows);
     }
   }
 };
@@ -324,7 +371,7 @@ struct PackedProducts {
 
 // y += x w for R rows and C blocks over inputs [0, count), one accumulator each, in order.
 template <int R, int C>
-void dense_tile(const float* const* blocks, const float* x, int64_t x_stride, int64_t count, float* y, int64_t ld) {
+void dense_tile(const float* const* blocks, const float* x, int64_t x_stride, int64_t count, float* y) {
   __m256 sums[R][C];
   const float* at[C];
 #pragma GCC unroll 4
@@ -332,7 +379,7 @@ void dense_tile(const float* const* blocks, const float* x, int64_t x_stride, in
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sums[r][c] = _mm256_loadu_ps(y + r * ld + c * 8);
+    for (int c = 0; c < C; ++c) sums[r][c] = _mm256_loadu_ps(y + r * kLd + c * 8);
   }
   for (int64_t i = 0; i < count; ++i) {
     __m256 values[C];
@@ -348,11 +395,11 @@ void dense_tile(const float* const* blocks, const float* x, int64_t x_stride, in
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) _mm256_storeu_ps(y + r * ld + c * 8, sums[r][c]);
+    for (int c = 0; c < C; ++c) _mm256_storeu_ps(y + r * kLd + c * 8, sums[r][c]);
   }
 }
 
-using DenseFunction = void (*)(const float* const*, const float*, int64_t, int64_t, float*, int64_t);
+using DenseFunction = void (*)(const float* const*, const float*, int64_t, int64_t, float*);
 constexpr DenseFunction kDenseTiles[6][2] = {{dense_tile<1, 1>, dense_tile<1, 2>}, {dense_tile<2, 1>, dense_tile<2, 2>},
                                              {dense_tile<3, 1>, dense_tile<3, 2>}, {dense_tile<4, 1>, dense_tile<4, 2>},
                                              {dense_tile<5, 1>, dense_tile<5, 2>}, {dense_tile<6, 1>, dense_tile<6, 2>}};
@@ -362,23 +409,20 @@ struct DenseProducts {
   const float* x;
   int64_t x_stride;
 
-  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, int64_t ld) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < count; ++c) _mm256_storeu_ps(y + r * ld + c * 8, _mm256_setzero_ps());
-    }
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y) const {
     const int64_t panel = rows <= 6 ? w.k : kDensePanel;
     for (int64_t first = 0; first < w.k; first += panel) {
       const int64_t inputs = w.k - first < panel ? w.k - first : panel;
-      run(block, count, x + row * x_stride + first, rows, first, inputs, y, ld);
+      run(block, count, x + row * x_stride + first, rows, first, inputs, y);
     }
   }
 
-  void run(int64_t block, int64_t count, const float* rows_at, int64_t rows, int64_t first, int64_t inputs, float* y,
-           int64_t ld) const {
+  void run(int64_t block, int64_t count, const float* rows_at, int64_t rows, int64_t first, int64_t inputs,
+           float* y) const {
     const float* blocks[4];
     for (int64_t c = 0; c < 4; ++c) blocks[c] = w.data + ((block + (c < count ? c : 0)) * w.k + first) * 8;
     if (rows <= 2 && count == 4) {
-      (rows == 1 ? dense_tile<1, 4> : dense_tile<2, 4>)(blocks, rows_at, x_stride, inputs, y, ld);
+      (rows == 1 ? dense_tile<1, 4> : dense_tile<2, 4>)(blocks, rows_at, x_stride, inputs, y);
       return;
     }
     for (int64_t b = 0; b < count; b += 2) {
@@ -387,7 +431,7 @@ struct DenseProducts {
                             pair ? w.data + ((block + b + 1) * w.k + first) * 8 : nullptr};
       for (int64_t r = 0; r < rows; r += 6) {
         const int64_t some = rows - r < 6 ? rows - r : 6;
-        kDenseTiles[some - 1][pair](at, rows_at + r * x_stride, x_stride, inputs, y + r * ld + b * 8, ld);
+        kDenseTiles[some - 1][pair](at, rows_at + r * x_stride, x_stride, inputs, y + r * kLd + b * 8);
       }
     }
   }
@@ -395,27 +439,34 @@ struct DenseProducts {
 
 // ---- both --------------------------------------------------------------------------------------------------------------
 
+template <class Products>
+void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < count; ++c) _mm256_store_ps(y + r * kLd + c * 8, _mm256_setzero_ps());
+  }
+  products(block, count, row, rows, y);
+}
+
 // Computes columns [begin, end) for all rows, strip by strip: products, then the epilogue straight into `out`.
 template <class Products>
 void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block, int64_t begin, int64_t end,
            const Output& out) {
-  alignas(64) float y[kMaxRows * kStripLd];
-  alignas(64) float up[kMaxRows * kUpLd];
+  alignas(64) float y[kMaxRows * kLd];
+  alignas(64) float up[kMaxRows * kLd];
   const bool gated = out.epilogue->gated;
   const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8;
   for (int64_t row = 0; row < rows; row += row_block) {
     const int64_t some = rows - row < row_block ? rows - row : row_block;
-    for (int64_t column = begin; column < end; column += kStripLd) {
-      const int64_t width = end - column < kStripLd ? end - column : kStripLd;
-      const int64_t count = (width + 7) / 8;
-      products(column / 8, count, row, some, y, kStripLd);
+    for (int64_t column = begin; column < end; column += 8 * kStrip) {
+      const int64_t width = end - column < 8 * kStrip ? end - column : 8 * kStrip;
+      compute(products, column / 8, (width + 7) / 8, row, some, y);
       if (gated) {
         const int64_t first = (half + column) / 8;
         const int64_t wanted = (shift + width + 7) / 8;
-        products(first, first + wanted > blocks ? blocks - first : wanted, row, some, up, kUpLd);
+        compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up);
       }
-      finish_strip(*out.epilogue, y, kStripLd, gated ? up + shift : nullptr, kUpLd, half, row, some, column, width,
-                   out.data, out.stride);
+      finish_strip(*out.epilogue, y, gated ? up + shift : nullptr, kLd, half, row, some, column, width, out.data,
+                   out.stride);
     }
   }
 }
@@ -423,7 +474,7 @@ void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block,
 // Rows of `row_bytes` that stay in the second-level cache while all columns pass; a multiple of 12, evenly cut.
 inline int64_t rows_at_once(int64_t rows, int64_t row_bytes) {
   int64_t most = (int64_t{256} << 10) / row_bytes / 12 * 12;
-  most = most < 12 ? 12 : most > 120 ? 120 : most;
+  most = most < 12 ? 12 : most > kMaxRows ? kMaxRows : most;
   const int64_t parts = (rows + most - 1) / most;
   return ((rows + parts - 1) / parts + 11) / 12 * 12;
 }
