@@ -10,8 +10,7 @@ from torch import Tensor
 from textmill.errors import ModelError
 from textmill.kernels import dispatch
 from textmill.kernels.native import NativeWeight, dense_weight, pack_weight
-from textmill.kernels.spec import PackedMatrix
-from textmill.layers.types import Hidden
+from textmill.layers.types import Hidden, hidden
 from textmill.quant.packed import Packed
 from textmill.weights.view import View
 
@@ -28,19 +27,19 @@ class Matrix:
         self.name = name
         self._read = read
         self._native: NativeWeight | None = None
-        self._plain: PackedMatrix | Tensor | None = None
+        self._plain: Canonical | None = None
 
     def native(self) -> NativeWeight:
         if self._native is None:
             self._native = to_native(self._read())
         return self._native
 
-    def plain(self) -> PackedMatrix | Tensor:
+    def plain(self) -> Canonical:
         if self._plain is None:
-            self._plain = to_plain(self._read())
+            self._plain = self._read()
         return self._plain
 
-    def form_for(self, x: Hidden | None) -> NativeWeight | PackedMatrix | Tensor:
+    def form_for(self, x: Hidden | None) -> NativeWeight | Canonical:
         """The form that multiplies rows like `x`; None stands for a recording."""
         return self.plain() if isinstance(x, Tensor) else self.native()
 
@@ -51,12 +50,6 @@ def to_native(matrix: Canonical) -> NativeWeight:
     return pack_weight(matrix.codes, matrix.scales, matrix.offsets, matrix.zero, matrix.bits, matrix.group)
 
 
-def to_plain(matrix: Canonical) -> PackedMatrix | Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix.to(torch.float32)
-    return PackedMatrix(matrix.codes, matrix.scales, matrix.offsets, matrix.zero, matrix.bits, matrix.group)
-
-
 class Linear:
     """y = x W^T (+ bias)."""
 
@@ -65,7 +58,7 @@ class Linear:
         self.bias = bias
 
     def __call__(self, x: Hidden) -> Hidden:
-        return dispatch.matmul(x, self.matrix.form_for(x), bias=self.bias)
+        return hidden(dispatch.matmul(x, self.matrix.form_for(x), bias=self.bias))
 
 
 def matrix(w: View) -> Matrix:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textmill.kernels import dispatch
 from textmill.layers.linear import column, row
-from textmill.layers.types import Hidden
+from textmill.layers.types import Hidden, hidden
 from textmill.weights.view import View
 
 
@@ -19,4 +19,4 @@ class GatedMLP:
     def __call__(self, x: Hidden) -> Hidden:
         gate_up = self.gate_up
         matrix = gate_up.matrix.form_for(x)
-        return self.down(dispatch.matmul(x, matrix, bias=gate_up.bias, activation=self.activation, gated=True))
+        return self.down(hidden(dispatch.matmul(x, matrix, bias=gate_up.bias, activation=self.activation, gated=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from textmill.kernels import dispatch
-from textmill.layers.types import Hidden
+from textmill.layers.types import Hidden, hidden
 from textmill.weights.view import View
 
 
@@ -16,4 +16,4 @@ class RMSNorm:
         self.plus_one = plus_one
 
     def __call__(self, x: Hidden) -> Hidden:
-        return dispatch.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
+        return hidden(dispatch.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one))

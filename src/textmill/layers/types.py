@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 from torch import Tensor
 
 from textmill.kernels.native import NativeWeight, Rows
-from textmill.kernels.spec import AttentionSpec, PackedMatrix
+from textmill.kernels.spec import AttentionSpec
+from textmill.quant.packed import Packed
 
-# A batch of token rows [rows, columns]: a torch tensor (eager), or a handle while a program is recorded.
-Hidden: TypeAlias = Tensor | Rows
+# A batch of token rows [rows, columns]. While a program is recorded it is a `kernels.native.Rows`, a handle with the
+# operators that models use; models and layers are written, and checked, for tensors.
+Hidden: TypeAlias = Tensor
+
+
+def hidden(x: Tensor | Rows) -> Hidden:
+    """What a kernel returned, under the name that models use."""
+    return cast(Hidden, x)
+
+
+class Stored(Protocol):
+    """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
+
+    def form_for(self, x: Hidden | None) -> NativeWeight | Packed | Tensor: ...
 
 
 class Context(Protocol):
@@ -24,9 +37,3 @@ class Context(Protocol):
 
     def outputs(self, x: Hidden) -> Hidden:
         """Only the rows whose next token is wanted."""
-
-
-class Stored(Protocol):
-    """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
-
-    def form_for(self, x: Hidden | None) -> NativeWeight | PackedMatrix | Tensor: ...

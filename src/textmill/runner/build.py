@@ -44,7 +44,7 @@ class Shape:
 def build_runner(settings: Settings, source: ModelSource, report: Report) -> tuple[LocalRunner, EngineInfo]:
     """A warm runner for `source` and what routers need to know of it.
 
-    `report(phase, message, **fields)` tells progress. Raises ConfigError or ModelError with the line that the user reads.
+    `report(phase, message, **fields)` tells progress. Raises ConfigError or ModelError, whose text the user reads.
     """
     started = time.perf_counter()
     native = uses_native(settings)

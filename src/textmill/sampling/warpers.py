@@ -19,7 +19,7 @@ def repetition_penalty(logits: Tensor, tokens: Sequence[Tensor], penalty: Tensor
     """Divides the positive and multiplies the negative scores of every token seen, prompt included."""
     out = logits.clone()
     for row, seen in enumerate(tokens):
-        ids = seen.unique().long()
+        ids = torch.unique(seen).long()
         score = logits[row, ids]
         out[row, ids] = torch.where(score < 0, score * penalty[row], score / penalty[row])
     return out
