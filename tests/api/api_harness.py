@@ -74,7 +74,7 @@ Script = Callable[[Request], list[Emission]]
 
 @dataclass
 class ScriptedEngine:
-    """Says what it is told to. With `gate` set, each emission waits for a permit of it; `pace` is a pause in seconds."""
+    """Says what it is told to. With `gate` set, each emission waits for a permit of it; `pace` is a pause before it."""
 
     tokenizer: Tokenizer
     script: Script | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -55,12 +57,15 @@ async def client(state: RouterState) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def live(state: RouterState, tmp_path: Path) -> AsyncIterator[Live]:
-    """A running router on a loopback port; ends by the drain of SIGTERM being over at once."""
+    """A running router on a loopback port; SIGTERM ends it; the ledger must balance then."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     ready = asyncio.Event()
     task = asyncio.create_task(serve(state, listener, str(tmp_path / "private"), ready.set))
     await asyncio.wait_for(ready.wait(), 5)
     yield Live(state, port, task)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    while not task.done():  # the first signal begins the drain, the second ends what still runs
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait([task], timeout=0.2)
+    await task
+    balance(state)

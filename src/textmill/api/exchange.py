@@ -171,7 +171,7 @@ class Exchange:
         try:
             await self._answered(handler)
         except SlowReader:
-            self._cut()
+            await self._cut()
         finally:
             self.state.open.discard(self)
 
@@ -201,10 +201,11 @@ class Exchange:
             self.interruption = error
             self.work.cancel()
 
-    def _cut(self) -> None:
+    async def _cut(self) -> None:
         abort = self.scope.get("extensions", {}).get(ABORT)
         if abort is not None:
             abort()
+            await asyncio.sleep(0)  # lets the server see that the connection is gone
 
 
 class ClientWatch:
