@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from textmill.kernels import native
 from textmill.quant import ggml_types as types
 from textmill.quant.packed import Packed
 
@@ -44,7 +45,16 @@ def can_read(number: int) -> bool:
 
 
 def unpack(number: int, data: Bytes, rows: int, inputs: int) -> Packed:
-    """The stored bytes of a matrix [rows, inputs] of a type that `can_pack`."""
+    """The stored bytes of a matrix [rows, inputs] of a type that `can_pack`; natively where the kernels can."""
+    if not native.ggml_supported(number):
+        return unpack_reference(number, data, rows, inputs)
+    codes, scales, offsets, zero, bits, _ = native.ggml_unpack(number, data, rows, inputs)
+    wide = None if offsets is None else torch.from_numpy(offsets)
+    return Packed(torch.from_numpy(codes), torch.from_numpy(scales), wide, zero, bits)
+
+
+def unpack_reference(number: int, data: Bytes, rows: int, inputs: int) -> Packed:
+    """The same in numpy: the meaning of every block type."""
     layout = LAYOUTS[number]
     codes, scales, offsets = layout.unpack(_blocks(number, data))
     return Packed(

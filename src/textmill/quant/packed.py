@@ -11,7 +11,7 @@ from math import gcd
 
 import torch
 
-CHUNK = 32  # activations are quantized in chunks of this many inputs (kernels/cpu/matmul.h)
+from textmill.kernels import reference
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,33 +73,11 @@ class Packed:
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] times this matrix's transpose, x rounded to 8 bits per chunk of 32 as the kernels do: [..., n]."""
-        rows = x.reshape(-1, self.shape[1]).float()
-        part = gcd(CHUNK, self.group)
-        quantized, steps = quantize_rows(rows)
-        a = quantized.reshape(rows.shape[0], -1, part)[:, : self.shape[1] // part]
-        s = steps.repeat_interleave(CHUNK // part, 1)[:, : a.shape[1]]
-        c = (self.codes.float() - self.zero).reshape(self.shape[0], -1, part)
-        dots = torch.einsum("rgi,ngi->rng", a, c)
-        y = dots * s[:, None] * self.scales.repeat_interleave(self.group // part, 1)
-        if self.offsets is not None:
-            y = y + a.sum(2)[:, None] * s[:, None] * self.offsets.repeat_interleave(self.group // part, 1)
-        return y.sum(2).reshape(*x.shape[:-1], self.shape[0])
+        return reference.matmul(x, self)
 
     def dequantize(self) -> torch.Tensor:
         """The matrix in float32 [n, k]."""
-        values = (self.codes.float() - self.zero).reshape(*self.scales.shape, self.group)
-        values *= self.scales[:, :, None]
-        if self.offsets is not None:
-            values += self.offsets[:, :, None]
-        return values.reshape(self.shape)
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [r, k] as integers -127..127 (float32 [r, chunks, 32], padded with zeros) and their steps [r, chunks]."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % CHUNK)).reshape(x.shape[0], -1, CHUNK)
-    steps = padded.abs().amax(2) / 127
-    safe = torch.where(steps == 0, torch.ones_like(steps), steps)
-    return torch.round(padded / safe[:, :, None]), steps
+        return reference.dequantize(self)
 
 
 def _common(parts: Sequence[Packed]) -> list[Packed]:

@@ -208,11 +208,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _files_of_tensors(folder: Path, opened: Any) -> dict[str, Path]:
-    """Which file holds which tensor: by model.safetensors.index.json, else by opening every *.safetensors."""
+    """Which file holds which tensor: by model.safetensors.index.json, else in model.safetensors, else in any."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _indexed(folder, index)
-    files = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"  # other files beside it hold the same once more, in their makers' layout
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(_nothing_to_read(folder))
     where: dict[str, Path] = {}
