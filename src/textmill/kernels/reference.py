@@ -118,7 +118,7 @@ def split_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys (normed and rotated) and values of the rows: [rows, heads or kv_heads, head_dim] each, float32."""
     heads = qkv.float().reshape(qkv.shape[0], -1, spec.head_dim)
-    q, k, v = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+    q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
     if spec.q_norm is not None:
         q = head_norm(q, spec.q_norm, spec.norm_eps)
     if spec.k_norm is not None:

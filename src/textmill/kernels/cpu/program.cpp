@@ -1,0 +1,385 @@
+// Recording a program, and planning its memory.
+#include "program.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <new>
+#include <stdexcept>
+
+namespace textmill {
+namespace {
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A tile of quantized rows should stay in a core's second-level cache while all columns pass over it.
+constexpr int64_t kTileBytes = 160 * 1024;
+
+int64_t rows_of_tile(int64_t k) {
+  const int64_t rows = kTileBytes / static_cast<int64_t>(quantized_bytes(1, k));
+  return std::clamp<int64_t>(rows / 16 * 16, 16, 256);
+}
+
+bool works_by_row(OpKind kind) { return kind != OpKind::kMatmul && kind != OpKind::kAttention; }
+
+// A buffer that lives from operation `first` to operation `last`, both included.
+struct Buffer {
+  size_t bytes;
+  int first, last;
+  size_t* offset;
+};
+
+// First fit at the lowest address, in order of birth.
+size_t place(std::vector<Buffer>& buffers) {
+  std::stable_sort(buffers.begin(), buffers.end(), [](const Buffer& a, const Buffer& b) { return a.first < b.first; });
+  size_t total = 0;
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    std::vector<std::pair<size_t, size_t>> taken;
+    for (size_t j = 0; j < i; ++j) {
+      if (buffers[j].last >= buffers[i].first) taken.emplace_back(*buffers[j].offset, buffers[j].bytes);
+    }
+    std::sort(taken.begin(), taken.end());
+    size_t at = 0;
+    for (const auto& [offset, bytes] : taken) {
+      if (at + buffers[i].bytes <= offset) break;
+      at = std::max(at, offset + bytes);
+    }
+    *buffers[i].offset = at;
+    total = std::max(total, at + buffers[i].bytes);
+  }
+  return total;
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+Mapping::~Mapping() {
+  if (data_) munmap(data_, bytes_);
+}
+
+void Mapping::map(size_t bytes) {
+  if (data_) munmap(data_, bytes_);
+  data_ = nullptr;
+  bytes_ = std::max<size_t>(bytes, 4096);
+  void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  madvise(at, bytes_, MADV_HUGEPAGE);
+  data_ = static_cast<std::byte*>(at);
+}
+
+Program::Program(const Limits& limits, const SlotTable& table) : limits_(limits), table_(table) {
+  require(limits.max_rows > 0 && limits.max_outputs > 0 && limits.max_slots > 0 && limits.max_total_tokens > 0 &&
+              limits.vocab_size > 0,
+          "a program's limits must be positive");
+  require(limits.block_size > 0 && limits.block_size % kKeyLanes == 0, "block_size must be a multiple of 16");
+}
+
+const Value& Program::value(int index) const {
+  require(index >= 0 && index < static_cast<int>(values_.size()), "no such value in this program");
+  return values_[static_cast<size_t>(index)];
+}
+
+void Program::check_input(int x) const {
+  require(!finished_, "the program is finished");
+  require(value(x).head == in_head_, "after outputs() only its rows may be read");
+}
+
+int Program::record(Op op, int64_t cols) {
+  require(!finished_, "the program is finished");
+  Value out;
+  out.cols = cols;
+  out.stride = (cols + 15) / 16 * 16;
+  out.head = in_head_;
+  op.head = in_head_;
+  op.out = static_cast<int>(values_.size());
+  values_.push_back(out);
+  ops_.push_back(std::move(op));
+  return ops_.back().out;
+}
+
+int Program::embed(std::shared_ptr<const Weight> matrix, float scale) {
+  require(!in_head_, "embed belongs to the body");
+  require(matrix->n >= limits_.vocab_size, "the embedding has fewer rows than the vocabulary");
+  const int64_t cols = matrix->k;
+  Op op;
+  op.kind = OpKind::kEmbed;
+  op.matrix = std::move(matrix);
+  op.number = scale;
+  return record(std::move(op), cols);
+}
+
+int Program::rms_norm(int x, const float* weight, int64_t size, float eps) {
+  check_input(x);
+  require(size == value(x).cols, "rms_norm: the weight is not as wide as the rows");
+  Op op;
+  op.kind = OpKind::kRmsNorm;
+  op.x = x;
+  op.weight = weight;
+  op.number = eps;
+  return record(std::move(op), size);
+}
+
+int Program::layer_norm(int x, const float* weight, int64_t size, const float* bias, float eps) {
+  check_input(x);
+  require(size == value(x).cols, "layer_norm: the weight is not as wide as the rows");
+  Op op;
+  op.kind = OpKind::kLayerNorm;
+  op.x = x;
+  op.weight = weight;
+  op.bias = bias;
+  op.number = eps;
+  return record(std::move(op), size);
+}
+
+int Program::add(int x, int y) {
+  check_input(x);
+  check_input(y);
+  require(value(x).cols == value(y).cols, "add: rows of different width");
+  Op op;
+  op.kind = OpKind::kAdd;
+  op.x = x;
+  op.y = y;
+  return record(std::move(op), value(x).cols);
+}
+
+int Program::unary(OpKind kind, int x, float number) {
+  check_input(x);
+  Op op;
+  op.kind = kind;
+  op.x = x;
+  op.number = number;
+  return record(std::move(op), value(x).cols);
+}
+
+int Program::activation(int x, Activation kind, bool gated) {
+  check_input(x);
+  require(!gated || value(x).cols % 2 == 0, "gated_activation: the width must be even");
+  Op op;
+  op.kind = gated ? OpKind::kGatedActivation : OpKind::kActivation;
+  op.x = x;
+  op.activation = kind;
+  return record(std::move(op), gated ? value(x).cols / 2 : value(x).cols);
+}
+
+int Program::matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated) {
+  check_input(x);
+  require(matrix->k == value(x).cols, "matmul: the matrix does not take rows of this width");
+  require(!gated || matrix->n % 2 == 0, "matmul: a gated matrix has an even number of outputs");
+  Op op;
+  op.kind = OpKind::kMatmul;
+  op.x = x;
+  op.bias = bias;
+  op.activation = kind;
+  op.gated = gated;
+  op.matrix = std::move(matrix);
+  const int64_t cols = gated ? op.matrix->n / 2 : op.matrix->n;
+  return record(std::move(op), cols);
+}
+
+int Program::attend(int x, int layer, const AttentionSpec& spec) {
+  check_input(x);
+  require(!in_head_, "attend belongs to the body");
+  require(spec.heads > 0 && spec.kv_heads > 0 && spec.heads % spec.kv_heads == 0,
+          "attend: heads must be a multiple of kv_heads");
+  require(value(x).cols == (spec.heads + 2 * spec.kv_heads) * spec.head_dim, "attend: rows are not q | k | v");
+  require(2 * spec.rotary_half <= spec.head_dim, "attend: rotary tables are wider than a head");
+  for (const Op& op : ops_) require(op.kind != OpKind::kAttention || op.layer != layer, "attend: layer recorded twice");
+  Op op;
+  op.kind = OpKind::kAttention;
+  op.x = x;
+  op.layer = layer;
+  op.attention = spec;
+  op.attention.half_cache = limits_.half_cache;
+  op.attention.block_size = limits_.block_size;
+  const size_t bytes = static_cast<size_t>(spec.kv_heads * spec.dim() * limits_.block_size) * (limits_.half_cache ? 2 : 4);
+  op.keys_offset = kv_bytes_per_block_;
+  op.values_offset = kv_bytes_per_block_ + bytes;
+  kv_bytes_per_block_ += 2 * bytes;
+  const auto same = [&](const AttentionSpec& other) {
+    return other.heads == spec.heads && other.kv_heads == spec.kv_heads && other.head_dim == spec.head_dim &&
+           other.window == spec.window;
+  };
+  const auto found = std::find_if(plans_.begin(), plans_.end(), same);
+  op.plan = static_cast<int>(found - plans_.begin());
+  if (found == plans_.end()) plans_.push_back(op.attention);
+  return record(std::move(op), spec.heads * spec.head_dim);
+}
+
+int Program::outputs(int x) {
+  check_input(x);
+  require(!in_head_, "outputs() may be called once");
+  in_head_ = true;
+  Op op;
+  op.kind = OpKind::kOutputs;
+  op.x = x;
+  return record(std::move(op), value(x).cols);
+}
+
+void Program::finish(int logits) {
+  check_input(logits);
+  require(in_head_, "outputs() is missing");
+  require(value(logits).cols >= limits_.vocab_size, "the logits are narrower than the vocabulary");
+  logits_ = logits;
+  find_lifetimes();
+  fuse_residuals();
+  find_lifetimes();
+  plan_quantization();
+  plan_memory();
+  arena_.map(arena_bytes_);
+  profiles_.resize(ops_.size());
+  reset_profile();
+  finished_ = true;
+}
+
+void Program::find_lifetimes() {
+  for (Value& v : values_) v.readers = 0, v.last_reader = -1, v.producer = -1;
+  body_ops_ = 0;
+  for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
+    const Op& op = ops_[static_cast<size_t>(i)];
+    values_[static_cast<size_t>(op.out)].producer = i;
+    for (const int read : {op.x, op.y}) {
+      if (read < 0) continue;
+      Value& v = values_[static_cast<size_t>(read)];
+      ++v.readers;
+      // The head runs once per slice of output rows: what it gathers from must outlive it.
+      v.last_reader = op.kind == OpKind::kOutputs ? static_cast<int>(ops_.size()) : i;
+    }
+    if (!op.head) ++body_ops_;
+  }
+  Value& logits = values_[static_cast<size_t>(logits_)];
+  ++logits.readers;
+  logits.last_reader = static_cast<int>(ops_.size());
+}
+
+// x + matmul(...) becomes that product's last step where nothing else reads the product.
+void Program::fuse_residuals() {
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    if (ops_[i].kind == OpKind::kAdd) fuse_into(i);
+  }
+  std::erase_if(ops_, [](const Op& op) { return op.out < 0; });
+}
+
+void Program::fuse_into(size_t add) {
+  Op& sum = ops_[add];
+  for (const auto& [product, other] : {std::pair{sum.y, sum.x}, std::pair{sum.x, sum.y}}) {
+    const Value& value_of_product = values_[static_cast<size_t>(product)];
+    Op& matmul = ops_[static_cast<size_t>(value_of_product.producer)];
+    if (matmul.kind != OpKind::kMatmul || matmul.gated || matmul.y >= 0 || value_of_product.readers != 1) continue;
+    if (values_[static_cast<size_t>(other)].producer >= value_of_product.producer) continue;
+    matmul.y = other;
+    matmul.out = sum.out;
+    values_[static_cast<size_t>(sum.out)].producer = value_of_product.producer;
+    sum.out = -1;
+    return;
+  }
+}
+
+void Program::plan_quantization() {
+  for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
+    Op& op = ops_[static_cast<size_t>(i)];
+    if (op.kind != OpKind::kMatmul || !op.matrix->quantized()) continue;
+    Value& x = values_[static_cast<size_t>(op.x)];
+    x.last_product = i;
+    if (x.quantized) continue;
+    x.quantized = true;
+    x.first_product = i;
+    x.tile_rows = rows_of_tile(x.cols);
+    x.tile_bytes = aligned(quantized_bytes(x.tile_rows, x.cols));
+    op.quantizes = !works_by_row(ops_[static_cast<size_t>(x.producer)].kind);
+  }
+}
+
+void Program::plan_memory() {
+  std::vector<Buffer> buffers;
+  for (Value& v : values_) {
+    if (v.producer < 0) continue;
+    const int64_t rows = v.head ? limits_.max_outputs : limits_.max_rows;
+    const int last = std::max(v.last_reader, v.producer);
+    buffers.push_back({aligned(static_cast<size_t>(rows * v.stride) * 4), v.producer, last, &v.offset});
+    if (!v.quantized) continue;
+    const int born = ops_[static_cast<size_t>(v.first_product)].quantizes ? v.first_product : v.producer;
+    const size_t tiles = static_cast<size_t>((rows + v.tile_rows - 1) / v.tile_rows);
+    buffers.push_back({tiles * v.tile_bytes, born, v.last_product, &v.quantized_offset});
+  }
+  for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
+    Op& op = ops_[static_cast<size_t>(i)];
+    if (op.kind != OpKind::kAttention) continue;
+    const int64_t floats = limits_.max_rows * op.attention.heads * op.attention.dim();
+    buffers.push_back({aligned(static_cast<size_t>(floats) * 4), i, i, &op.scratch_offset});
+  }
+  arena_bytes_ = place(buffers);
+}
+
+void Program::allocate(int64_t num_blocks) {
+  require(finished_, "allocate() comes after finish()");
+  require(num_blocks > 0 && num_blocks <= INT32_MAX, "num_blocks must be positive");
+  cache_.map(static_cast<size_t>(num_blocks) * kv_bytes_per_block_);
+  num_blocks_ = num_blocks;
+}
+
+std::vector<OpProfile> Program::profile() const {
+  std::map<std::string, OpProfile> by_name;
+  for (const OpProfile& entry : profiles_) {
+    OpProfile& sum = by_name[entry.name];
+    sum.name = entry.name;
+    sum.calls += entry.calls;
+    sum.seconds += entry.seconds;
+    sum.bytes += entry.bytes;
+    sum.macs += entry.macs;
+  }
+  std::vector<OpProfile> out;
+  for (auto& [name, entry] : by_name) {
+    if (entry.calls) out.push_back(entry);
+  }
+  return out;
+}
+
+void Program::reset_profile() {
+  static const char* const kNames[] = {"embed", "rms_norm", "layer_norm", "add", "scale", "softcap", "activation",
+                                       "gated_activation", "outputs", "matmul", "attention"};
+  profiles_.assign(ops_.size() + 1, OpProfile());
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    profiles_[i].name = kNames[static_cast<int>(ops_[i].kind)];
+    if (ops_[i].kind == OpKind::kMatmul) {
+      profiles_[i].name += " " + std::to_string(ops_[i].matrix->n) + "x" + std::to_string(ops_[i].matrix->k);
+    }
+  }
+  profiles_.back().name = "sample";
+}
+
+void Program::check_item(const WorkItem& item) const {
+  require(item.slot >= 0 && item.slot < limits_.max_slots, "work: no such slot");
+  const int64_t length = table_.length[item.slot];
+  const int64_t end = static_cast<int64_t>(item.start) + item.count;
+  require(length >= 0 && length <= limits_.max_total_tokens + 1, "work: a slot's length is out of range");
+  require(item.start >= 0 && item.count > 0 && end <= length, "work: rows beyond the known tokens");
+  require(end <= limits_.max_total_tokens, "work: rows beyond max_total_tokens");
+  require(!item.samples || end == length, "work: samples needs the last known token");
+  const int32_t* tokens = table_.tokens + item.slot * (limits_.max_total_tokens + 1);
+  for (int64_t i = item.start; i < end; ++i) {
+    require(tokens[i] >= 0 && tokens[i] < limits_.vocab_size, "work: a token is not in the vocabulary");
+  }
+  const int32_t* blocks = table_.block_table + item.slot * table_.blocks_per_slot;
+  for (int64_t i = 0; i * limits_.block_size < end; ++i) {
+    require(blocks[i] >= 0 && blocks[i] < num_blocks_, "work: no such cache block");
+  }
+}
+
+void Program::check_work(const WorkItem* work, int64_t count) const {
+  require(finished_ && num_blocks_ > 0, "run() comes after finish() and allocate()");
+  int64_t rows = 0;
+  std::vector<bool> seen(static_cast<size_t>(limits_.max_slots));
+  for (int64_t i = 0; i < count; ++i) {
+    check_item(work[i]);
+    require(!seen[static_cast<size_t>(work[i].slot)], "work: a slot comes twice");
+    seen[static_cast<size_t>(work[i].slot)] = true;
+    rows += work[i].count;
+  }
+  require(rows <= limits_.max_rows, "work: more rows than max_rows");
+}
+
+}  // namespace textmill

@@ -1,0 +1,178 @@
+// A model as a list of operations over rows, recorded once; a step walks it for any number of rows in one call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "matmul.h"
+#include "sampler.h"
+#include "vector.h"
+
+namespace textmill {
+
+struct Limits {
+  int64_t max_rows = 0, max_outputs = 0, max_slots = 0, max_total_tokens = 0, block_size = 16, vocab_size = 0;
+  bool half_cache = true;
+};
+
+// The columns of the slot table, owned by Python; one entry (or row) per slot.
+struct SlotTable {
+  int32_t* tokens = nullptr;  // [max_slots, max_total_tokens + 1]
+  int32_t* length = nullptr;
+  const int32_t* block_table = nullptr;  // [max_slots, blocks_per_slot]
+  int64_t blocks_per_slot = 0;
+  const float* temperature = nullptr;
+  const float* top_p = nullptr;
+  const float* typical_p = nullptr;
+  const float* repetition_penalty = nullptr;
+  const float* frequency_penalty = nullptr;
+  const int32_t* top_k = nullptr;
+  const uint8_t* draws = nullptr;
+  const uint64_t* seed = nullptr;
+  const int32_t* top_n = nullptr;
+  const uint8_t* prompt_logprobs = nullptr;
+};
+
+// One slot's share of a step, as a row of Python's work array.
+struct WorkItem {
+  int32_t slot, start, count, samples;
+};
+
+// Where a step's results go: one entry per work item, prompt_logprobs one per row (null: nobody asked).
+struct StepOutput {
+  int32_t* token;
+  float* logprob;
+  uint8_t* error;
+  int32_t* top_count;
+  int32_t* top_ids;  // [items, top_width]
+  float* top_logprobs;
+  int64_t top_width;
+  float* prompt_logprobs;
+  float* logits;  // [output rows, vocab_size] or null
+  bool sample;
+  bool every_row;
+};
+
+enum class OpKind {
+  kEmbed, kRmsNorm, kLayerNorm, kAdd, kScale, kSoftcap, kActivation, kGatedActivation, kOutputs, kMatmul, kAttention
+};
+
+struct Value {
+  int64_t cols = 0, stride = 0;  // floats
+  bool head = false;             // max_outputs rows instead of max_rows
+  int producer = -1;
+  int readers = 0, last_reader = -1;
+  size_t offset = 0;  // in the arena
+  // Its quantized copy, shared by all packed matrices that read it: tiles of tile_rows rows.
+  bool quantized = false;
+  int first_product = -1, last_product = -1;
+  int64_t tile_rows = 0;
+  size_t tile_bytes = 0, quantized_offset = 0;
+};
+
+struct Op {
+  OpKind kind = OpKind::kAdd;
+  int x = -1, y = -1, out = -1;  // values; y of a matmul is its residual
+  bool head = false;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  float number = 0;  // eps, factor or cap
+  Activation activation = Activation::kNone;
+  bool gated = false;
+  bool quantizes = false;  // a matmul that must first quantize its input
+  std::shared_ptr<const Weight> matrix;
+  AttentionSpec attention;
+  int layer = -1, plan = -1;
+  size_t scratch_offset = 0;  // attention's rotated queries
+  size_t keys_offset = 0, values_offset = 0;  // in a cache block
+};
+
+struct OpProfile {
+  std::string name;
+  int64_t calls = 0;
+  double seconds = 0;
+  int64_t bytes = 0, macs = 0;
+};
+
+// Memory from mmap: zero, and touched only where it is used.
+class Mapping {
+ public:
+  Mapping() = default;
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  void map(size_t bytes);  // std::bad_alloc
+  std::byte* data() const { return data_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Recording throws std::invalid_argument on shapes that do not fit.
+class Program {
+ public:
+  Program(const Limits& limits, const SlotTable& table);
+
+  int embed(std::shared_ptr<const Weight> matrix, float scale);
+  int rms_norm(int x, const float* weight, int64_t size, float eps);
+  int layer_norm(int x, const float* weight, int64_t size, const float* bias, float eps);
+  int add(int x, int y);
+  int unary(OpKind kind, int x, float number);
+  int activation(int x, Activation kind, bool gated);
+  int matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated);
+  int attend(int x, int layer, const AttentionSpec& spec);
+  int outputs(int x);
+  void finish(int logits);
+
+  int64_t columns(int index) const { return value(index).cols; }
+  // True if the slot asks for the log-probabilities of its prompt.
+  bool wants_prompt(int32_t slot) const { return table_.prompt_logprobs[slot] != 0; }
+  size_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
+  size_t arena_bytes() const { return arena_bytes_; }
+  void allocate(int64_t num_blocks);
+
+  // std::invalid_argument, before anything is touched, on work that does not fit.
+  void run(const WorkItem* work, int64_t count, const StepOutput& output);
+
+  bool profiling = false;
+  std::vector<OpProfile> profile() const;
+  void reset_profile();
+
+ private:
+  friend class Step;
+
+  const Value& value(int index) const;
+  int record(Op op, int64_t cols);
+  void check_input(int x) const;
+  void fuse_residuals();
+  void fuse_into(size_t add);
+  void drop_fused();
+  void find_lifetimes();
+  void plan_quantization();
+  void plan_memory();
+  void check_work(const WorkItem* work, int64_t count) const;
+  void check_item(const WorkItem& item) const;
+
+  Limits limits_;
+  SlotTable table_;
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  bool in_head_ = false, finished_ = false;
+  int logits_ = -1;
+  size_t body_ops_ = 0;  // ops before the head
+  std::vector<AttentionSpec> plans_;  // one per distinct shape of attention work
+  size_t arena_bytes_ = 0, kv_bytes_per_block_ = 0;
+  int64_t num_blocks_ = 0;
+  Mapping arena_, cache_;
+  std::vector<OpProfile> profiles_;  // by op
+  std::vector<std::unique_ptr<Sampler>> samplers_;  // by thread
+  std::vector<std::vector<float>> scratch_;         // by thread
+  std::mutex running_;
+};
+
+}  // namespace textmill

@@ -1,0 +1,161 @@
+// Eight floats at a time, from the compiler's vector types: the same source serves AVX2 and plain machines.
+// Included by the vector_*.cpp files only, each of which defines TEXTMILL_ISA, the namespace that keeps its copy apart.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace textmill {
+namespace TEXTMILL_ISA {
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+
+inline f32x8 load(const float* from) {
+  f32x8 v;
+  __builtin_memcpy(&v, from, 32);
+  return v;
+}
+inline void store(float* to, f32x8 v) { __builtin_memcpy(to, &v, 32); }
+inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+inline i32x8 splat(int32_t x) { return i32x8{x, x, x, x, x, x, x, x}; }
+inline i32x8 iota(int32_t first) { return splat(first) + i32x8{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+// The first `count` (below 8) floats, the rest `rest`.
+inline f32x8 load_part(const float* from, int64_t count, float rest) {
+  float v[8] = {rest, rest, rest, rest, rest, rest, rest, rest};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return load(v);
+}
+inline void store_part(float* to, int64_t count, f32x8 x) {
+  float v[8];
+  store(v, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+}
+
+inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
+#if defined(__FMA__)
+  return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline f32x8 select(i32x8 mask, f32x8 yes, f32x8 no) { return mask ? yes : no; }
+// NaN in either operand: not specified.
+inline f32x8 maximum(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline i32x8 bits(f32x8 v) { return (i32x8)v; }
+
+// One fixed order for all: ((0+4)+(2+6)) + ((1+5)+(3+7)).
+inline float sum(f32x8 v) {
+  const float a = (v[0] + v[4]) + (v[2] + v[6]);
+  const float b = (v[1] + v[5]) + (v[3] + v[7]);
+  return a + b;
+}
+inline float largest(f32x8 v) {
+  float m = v[0];
+  for (int i = 1; i < 8; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+inline bool any(i32x8 mask) {
+#if defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < 8; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+// Bit i: lane i of the mask.
+inline uint32_t lanes(i32x8 mask) {
+#if defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < 8; ++i) found |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return found;
+#endif
+}
+
+// e^x to about 1 ulp; 0 below -87.3, +Inf above 88.7; NaN stays. exp(0) is exactly 1.
+inline f32x8 exp(f32x8 x) {
+  const f32x8 low = splat(-87.33654f), high = splat(88.72283f);
+  const f32x8 clamped = x < low ? low : (x > high ? high : x);
+  const f32x8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x8 shifted = fma(clamped, splat(1.44269504089f), magic);
+  const f32x8 n = shifted - magic;
+  f32x8 r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  f32x8 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.0f);
+  // 2^n in two factors, so that n = 128 does not overflow on the way.
+  const i32x8 whole = bits(shifted) - bits(magic);
+  const i32x8 half = whole >> 1;
+  const f32x8 first = (f32x8)((half + 127) << 23), second = (f32x8)((whole - half + 127) << 23);
+  f32x8 y = p * first * second;
+  y = x < low ? splat(0.0f) : y;
+  return x > high ? splat(INFINITY) : y;
+}
+inline float exp(float x) { return exp(splat(x))[0]; }
+
+inline f32x8 tanh(f32x8 x) { return splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f)); }
+inline f32x8 sigmoid(f32x8 x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
+// 16-bit floats. Finite values beyond the largest half become it: one large key must not turn a sequence into NaN.
+inline float from_half(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+  const uint32_t word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+#endif
+}
+inline uint16_t to_half(float x) {
+  constexpr float kLargest = 65504.0f;
+  if (x > kLargest && x < INFINITY) x = kLargest;
+  if (x < -kLargest && x > -INFINITY) x = -kLargest;
+#if defined(__F16C__)
+  return _cvtss_sh(x, 0);
+#else
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  const uint32_t sign = (word >> 16) & 0x8000u, magnitude = word & 0x7fffffffu;
+  if (magnitude >= 0x7f800000u) return static_cast<uint16_t>(sign | 0x7c00u | (magnitude > 0x7f800000u ? 0x200u : 0));
+  if (magnitude < 0x38800000u) {  // subnormal: the float adder rounds to even at 2^-24
+    const float scaled = std::fabs(x) + 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &scaled, 4);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
+#endif
+}
+inline f32x8 load(const uint16_t* from) {
+#if defined(__F16C__)
+  __m128i h;
+  __builtin_memcpy(&h, from, 16);
+  return (f32x8)_mm256_cvtph_ps(h);
+#else
+  f32x8 v;
+  for (int i = 0; i < 8; ++i) v[i] = from_half(from[i]);
+  return v;
+#endif
+}
+inline void put(uint16_t* to, float x) { *to = to_half(x); }
+inline void put(float* to, float x) { *to = x; }
+
+}  // namespace TEXTMILL_ISA
+}  // namespace textmill

@@ -1,0 +1,362 @@
+// The order of a step: the body over all rows, then the head and the sampler over slices of the output rows.
+#include "step.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace textmill {
+namespace {
+
+// A chunk of rows should take a few microseconds, far more than handing it out.
+constexpr int64_t kChunkFloats = 12 * 1024;
+// A chunk of a product takes as long as so many multiply-adds or so many bytes of weights, whichever is more.
+constexpr int64_t kChunkMacs = 320 * 1024;
+constexpr int64_t kChunkBytes = 56 * 1024;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+void Program::run(const WorkItem* work, int64_t count, const StepOutput& output) {
+  std::lock_guard<std::mutex> lock(running_);
+  check_work(work, count);
+  if (count == 0) return;
+  Step step(*this, work, count, output);
+  run_job(step);
+}
+
+Step::Step(Program& program, const WorkItem* work, int64_t count, const StepOutput& output)
+    : program_(program), work_(work), item_count_(count), out_(output), vector_(vector_kernels()) {
+  place_rows();
+  clear_results();
+}
+
+void Step::place_rows() {
+  for (int64_t i = 0; i < item_count_; ++i) row_count_ += work_[i].count;
+  for (auto* column : {&tokens_, &positions_, &slots_}) column->reserve(static_cast<size_t>(row_count_));
+  items_.reserve(static_cast<size_t>(item_count_));
+  row_count_ = 0;
+  const SlotTable& table = program_.table_;
+  for (int64_t i = 0; i < item_count_; ++i) {
+    const WorkItem& item = work_[i];
+    const bool prompt = table.prompt_logprobs[item.slot] != 0;
+    const int32_t* tokens = table.tokens + item.slot * (program_.limits_.max_total_tokens + 1);
+    items_.push_back({row_count_, item.start, item.count, item.slot});
+    for (int32_t r = 0; r < item.count; ++r) {
+      const bool samples = item.samples && r == item.count - 1;
+      if (samples || prompt || out_.every_row) {
+        outputs_.push_back({static_cast<int32_t>(row_count_), static_cast<int32_t>(i), samples, prompt});
+      }
+      tokens_.push_back(tokens[item.start + r]);
+      positions_.push_back(item.start + r);
+      slots_.push_back(item.slot);
+      ++row_count_;
+    }
+  }
+}
+
+void Step::clear_results() {
+  std::fill_n(out_.token, item_count_, -1);
+  std::fill_n(out_.logprob, item_count_, 0.0f);
+  std::fill_n(out_.error, item_count_, uint8_t{0});
+  std::fill_n(out_.top_count, item_count_, 0);
+  std::fill_n(out_.top_ids, item_count_ * out_.top_width, -1);
+  std::fill_n(out_.top_logprobs, item_count_ * out_.top_width, 0.0f);
+  if (out_.prompt_logprobs) {
+    std::fill_n(out_.prompt_logprobs, row_count_, std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
+void Step::prepare(int threads) {
+  threads_ = threads;
+  plans_.resize(program_.plans_.size());
+  int64_t scratch = 0, partials = 0;
+  int32_t counters = 0;
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    const AttentionSpec& spec = program_.plans_[i];
+    plan_attention(spec, items_, threads, &plans_[i]);
+    const int64_t vectors = query_vectors(spec);
+    const int64_t own = partial_floats(vectors, spec.dim());
+    scratch = std::max(scratch, own + attend_scratch_floats(vectors, spec.dim()));
+    partials = std::max(partials, plans_[i].partials * own);
+    counters = std::max(counters, plans_[i].counters * static_cast<int32_t>(spec.kv_heads));
+  }
+  partials_.resize(static_cast<size_t>(partials));
+  counters_ = std::vector<std::atomic<int32_t>>(static_cast<size_t>(counters));
+  program_.scratch_.resize(static_cast<size_t>(threads));
+  for (auto& memory : program_.scratch_) memory.resize(std::max(memory.size(), static_cast<size_t>(scratch)));
+  while (program_.samplers_.size() < static_cast<size_t>(threads)) {
+    program_.samplers_.push_back(std::make_unique<Sampler>(program_.limits_.vocab_size));
+  }
+}
+
+// Phases
+
+uint32_t Step::next_phase() {
+  for (;;) {
+    if (sampling_) {
+      end_op();
+      sampling_ = false;
+      slice_ += slice_rows_;
+      op_ = program_.body_ops_;
+    }
+    if (op_ == program_.body_ops_ && phase_ == 0) {
+      slice_rows_ = std::min<int64_t>(program_.limits_.max_outputs, static_cast<int64_t>(outputs_.size()) - slice_);
+      if (slice_rows_ <= 0) return 0;
+    }
+    if (phase_ == 0 && program_.profiling) started_ = std::chrono::steady_clock::now();
+    if (op_ == program_.ops_.size()) {
+      sampling_ = true;
+      return static_cast<uint32_t>(slice_rows_);
+    }
+    const uint32_t chunks = begin_op();
+    ++phase_;
+    if (chunks) return chunks;
+    end_op();
+    phase_ = 0;
+    ++op_;
+  }
+}
+
+// Chunks of phase `phase_` of the operation, 0 when it has no more.
+uint32_t Step::begin_op() {
+  const Op& op = program_.ops_[op_];
+  switch (op.kind) {
+    case OpKind::kMatmul: return begin_matmul();
+    case OpKind::kAttention: return begin_attention();
+    default: return phase_ == 0 ? chunks_of_rows(program_.value(op.out).cols) : 0;
+  }
+}
+
+uint32_t Step::chunks_of_rows(int64_t cols) {
+  grain_ = std::max<int64_t>(1, kChunkFloats / cols);
+  return static_cast<uint32_t>((rows() + grain_ - 1) / grain_);
+}
+
+uint32_t Step::begin_matmul() {
+  const Op& op = program_.ops_[op_];
+  const Value& x = program_.value(op.x);
+  const int phase = phase_ + (op.quantizes ? 0 : 1);
+  if (phase == 0) return chunks_of_rows(x.cols);
+  if (phase > 1) return 0;
+  const int64_t n = program_.value(op.out).cols;
+  tile_rows_ = x.quantized && op.matrix->quantized() ? x.tile_rows : std::max<int64_t>(16, kChunkFloats * 4 / x.cols);
+  row_tiles_ = (rows() + tile_rows_ - 1) / tile_rows_;
+  const int64_t tall = std::min(rows(), tile_rows_);
+  const int64_t macs = std::max<int64_t>(1, tall * op.matrix->n * op.matrix->k / n);  // of one output column
+  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(op.matrix->bytes()) / n);
+  const int64_t enough = std::max<int64_t>(1, std::min(kChunkMacs / macs, kChunkBytes / bytes));
+  const int64_t shared = n * row_tiles_ / (threads_ * 4);  // four chunks a thread
+  columns_ = std::min(round_up(std::clamp(shared, enough, enough * 4), kColumnBlock), round_up(n, kColumnBlock));
+  return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
+}
+
+uint32_t Step::begin_attention() {
+  const Op& op = program_.ops_[op_];
+  if (phase_ == 0) return chunks_of_rows(program_.value(op.x).cols);
+  if (phase_ > 1) return 0;
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+  return static_cast<uint32_t>(plan.tasks.size()) * static_cast<uint32_t>(op.attention.kv_heads);
+}
+
+void Step::end_op() {
+  if (!program_.profiling) return;
+  OpProfile& entry = program_.profiles_[op_];
+  ++entry.calls;
+  entry.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+  if (sampling_) return;
+  const Op& op = program_.ops_[op_];
+  if (op.kind == OpKind::kMatmul) {
+    entry.bytes += static_cast<int64_t>(op.matrix->bytes());
+    entry.macs += rows() * op.matrix->n * op.matrix->k;
+  } else if (op.kind == OpKind::kAttention) {
+    const AttentionSpec& spec = op.attention;
+    const int64_t keys = plans_[static_cast<size_t>(op.plan)].keys;
+    entry.macs += 2 * keys * spec.heads * spec.head_dim;
+    entry.bytes += 2 * keys * spec.kv_heads * spec.dim() * (spec.half_cache ? 2 : 4);
+  }
+}
+
+// Chunks
+
+void Step::run_chunk(uint32_t chunk, int thread) {
+  if (sampling_) return run_output(slice_ + chunk, thread);
+  const Op& op = program_.ops_[op_];
+  const int64_t begin = chunk * grain_, end = std::min(begin + grain_, rows());
+  if (op.kind == OpKind::kMatmul) {
+    if (op.quantizes && phase_ == 1) return quantize(op.x, begin, end);
+    return run_product(op, chunk);
+  }
+  if (op.kind == OpKind::kAttention) {
+    if (phase_ == 1) return run_store(op, begin, end);
+    return run_attention(op, chunk, thread);
+  }
+  run_rows(op, begin, end);
+}
+
+float* Step::value_row(int index, int64_t row) const {
+  const Value& v = program_.values_[static_cast<size_t>(index)];
+  return reinterpret_cast<float*>(program_.arena_.data() + v.offset) + row * v.stride;
+}
+
+void Step::quantize(int index, int64_t begin, int64_t end) const {
+  const Value& v = program_.values_[static_cast<size_t>(index)];
+  while (begin < end) {
+    const int64_t tile = begin / v.tile_rows, first = tile * v.tile_rows;
+    const int64_t stop = std::min(end, first + v.tile_rows);
+    std::byte* to = program_.arena_.data() + v.quantized_offset + static_cast<size_t>(tile) * v.tile_bytes;
+    quantize_rows(value_row(index, first), v.stride, begin - first, stop - first, v.cols, to);
+    begin = stop;
+  }
+}
+
+void Step::run_rows(const Op& op, int64_t begin, int64_t end) const {
+  for (int64_t row = begin; row < end; ++row) run_row(op, row, value_row(op.out, row));
+  if (program_.values_[static_cast<size_t>(op.out)].quantized) quantize(op.out, begin, end);
+}
+
+void Step::run_row(const Op& op, int64_t row, float* out) const {
+  const int64_t cols = program_.values_[static_cast<size_t>(op.out)].cols;
+  const int64_t from = op.kind == OpKind::kOutputs ? outputs_[static_cast<size_t>(slice_ + row)].row : row;
+  const float* x = op.x >= 0 ? value_row(op.x, from) : nullptr;
+  switch (op.kind) {
+    case OpKind::kEmbed:
+      op.matrix->dequantize_row(tokens_[static_cast<size_t>(row)], out);
+      if (op.number != 1.0f) vector_.scale(out, op.number, cols, out);
+      return;
+    case OpKind::kRmsNorm: return vector_.rms_norm(x, op.weight, op.number, cols, out);
+    case OpKind::kLayerNorm: return vector_.layer_norm(x, op.weight, op.bias, op.number, cols, out);
+    case OpKind::kAdd: return vector_.add(x, value_row(op.y, row), cols, out);
+    case OpKind::kScale: return vector_.scale(x, op.number, cols, out);
+    case OpKind::kSoftcap: return vector_.softcap(x, op.number, cols, out);
+    case OpKind::kActivation: return vector_.activation(x, op.activation, cols, out);
+    case OpKind::kGatedActivation: return vector_.gated(x, op.activation, cols, out);
+    case OpKind::kOutputs: std::copy_n(x, cols, out); return;
+    default: return;
+  }
+}
+
+void Step::run_product(const Op& op, uint32_t chunk) const {
+  const Value& x = program_.values_[static_cast<size_t>(op.x)];
+  const Value& y = program_.values_[static_cast<size_t>(op.out)];
+  const int64_t tile = chunk % row_tiles_, first = tile * tile_rows_;
+  const int64_t column = chunk / row_tiles_ * columns_;
+  Epilogue epilogue;
+  epilogue.bias = op.bias;
+  epilogue.gated = op.gated;
+  epilogue.activation = op.activation;
+  if (op.y >= 0) {
+    epilogue.residual = value_row(op.y, first);
+    epilogue.residual_stride = program_.values_[static_cast<size_t>(op.y)].stride;
+  }
+  const void* from = value_row(op.x, first);
+  if (op.matrix->quantized()) {
+    from = program_.arena_.data() + x.quantized_offset + static_cast<size_t>(tile) * x.tile_bytes;
+  }
+  op.matrix->matmul(from, x.stride, std::min(tile_rows_, rows() - first), column, std::min(column + columns_, y.cols),
+                    value_row(op.out, first), y.stride, epilogue);
+}
+
+void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
+  const AttentionSpec& spec = op.attention;
+  float* q = reinterpret_cast<float*>(program_.arena_.data() + op.scratch_offset);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t position = positions_[static_cast<size_t>(row)], slot = slots_[static_cast<size_t>(row)];
+    const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
+    std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
+    vector_.store_row(spec, {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
+                             at + op.values_offset, position});
+  }
+}
+
+void Step::run_attention(const Op& op, uint32_t chunk, int thread) {
+  const AttentionSpec& spec = op.attention;
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  const AttentionTask& task = plan.tasks[chunk / static_cast<uint32_t>(spec.kv_heads)];
+  const AttentionTile& tile = plan.tiles[static_cast<size_t>(task.tile)];
+  const int64_t head = chunk % static_cast<uint32_t>(spec.kv_heads), dim = spec.dim(), group = spec.group();
+  const size_t element = spec.half_cache ? 2 : 4;
+  const std::byte* cache = program_.cache_.data() + static_cast<size_t>(head * spec.block_size * dim) * element;
+  const float* q = reinterpret_cast<const float*>(program_.arena_.data() + op.scratch_offset);
+  AttendTask call;
+  call.q = q + (tile.row * spec.heads + head * group) * dim;
+  call.q_stride = spec.heads * dim;
+  call.rows = tile.rows;
+  call.position = tile.position;
+  call.blocks = program_.table_.block_table + tile.slot * program_.table_.blocks_per_slot;
+  call.keys = cache + op.keys_offset;
+  call.values = cache + op.values_offset;
+  call.block_stride = static_cast<int64_t>(program_.kv_bytes_per_block_ / element);
+  call.begin = task.begin;
+  call.end = task.end;
+  call.slopes = spec.alibi ? spec.alibi + head * group : nullptr;
+  float* scratch = program_.scratch_[static_cast<size_t>(thread)].data();
+  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, dim);
+  if (task.parts == 1) {
+    const Partial result = partial_at(scratch, vectors);
+    vector_.attend(spec, call, result, scratch + own);
+    vector_.normalize(spec, result, tile.rows, value_row(op.out, tile.row) + head * group * spec.head_dim,
+                      program_.value(op.out).stride);
+    return;
+  }
+  vector_.attend(spec, call, partial_at(partials_.data() + (task.partial + head) * own, vectors), scratch);
+  std::atomic<int32_t>& done = counters_[static_cast<size_t>(task.counter * spec.kv_heads + head)];
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.parts) finish_parts(op, task, tile, head);
+}
+
+void Step::finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head) {
+  const AttentionSpec& spec = op.attention;
+  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, spec.dim());
+  const int64_t first = task.partial - task.part * spec.kv_heads + head;
+  const auto part = [&](int64_t i) { return partial_at(partials_.data() + (first + i * spec.kv_heads) * own, vectors); };
+  for (int32_t i = 1; i < task.parts; ++i) vector_.merge(part(0), part(i), tile.rows * spec.group(), spec.dim());
+  vector_.normalize(spec, part(0), tile.rows, value_row(op.out, tile.row) + head * spec.group() * spec.head_dim,
+                    program_.value(op.out).stride);
+}
+
+void Step::run_output(int64_t index, int thread) {
+  const OutputRow& wanted = outputs_[static_cast<size_t>(index)];
+  const int64_t vocabulary = program_.limits_.vocab_size;
+  float* logits = value_row(program_.logits_, index - slice_);
+  if (out_.logits) std::copy_n(logits, vocabulary, out_.logits + index * vocabulary);
+  if (!out_.sample) return;
+  if (wanted.is_prompt && out_.prompt_logprobs) {
+    const int32_t slot = work_[wanted.item].slot, next = positions_[static_cast<size_t>(wanted.row)] + 1;
+    // The row that samples ends the known tokens: whatever stands behind it is not a known token.
+    if (!wanted.samples && next < program_.table_.length[slot]) {
+      const int32_t* tokens = program_.table_.tokens + slot * (program_.limits_.max_total_tokens + 1);
+      out_.prompt_logprobs[wanted.row] =
+          program_.samplers_[static_cast<size_t>(thread)]->logprob(logits, tokens[next]);
+    }
+  }
+  if (wanted.samples) choose(wanted, logits, thread);
+}
+
+void Step::choose(const OutputRow& wanted, float* logits, int thread) {
+  const SlotTable& table = program_.table_;
+  const int32_t slot = work_[wanted.item].slot, length = table.length[slot];
+  int32_t* tokens = table.tokens + slot * (program_.limits_.max_total_tokens + 1);
+  SamplingParameters p;
+  p.temperature = table.temperature[slot];
+  p.top_p = table.top_p[slot];
+  p.typical_p = table.typical_p[slot];
+  p.repetition_penalty = table.repetition_penalty[slot];
+  p.frequency_penalty = table.frequency_penalty[slot];
+  p.top_k = table.top_k[slot];
+  p.draws = table.draws[slot] != 0;
+  p.seed = table.seed[slot];
+  p.top_n = static_cast<int32_t>(std::min<int64_t>(table.top_n[slot], out_.top_width));
+  const int64_t place = wanted.item * out_.top_width;
+  const Choice choice = program_.samplers_[static_cast<size_t>(thread)]->choose(
+      logits, p, tokens, length, out_.top_ids + place, out_.top_logprobs + place);
+  out_.token[wanted.item] = choice.token;
+  out_.logprob[wanted.item] = choice.logprob;
+  out_.error[wanted.item] = static_cast<uint8_t>(choice.error);
+  out_.top_count[wanted.item] = choice.top_count;
+  if (choice.error != ChoiceError::kNone) return;
+  tokens[length] = choice.token;
+  table.length[slot] = length + 1;
+}
+
+}  // namespace textmill

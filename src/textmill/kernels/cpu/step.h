@@ -1,0 +1,81 @@
+// One step: a job of the thread pool that walks a program's operations over the rows of its work.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <vector>
+
+#include "attention_plan.h"
+#include "program.h"
+#include "threads.h"
+
+namespace textmill {
+
+class Step final : public Job {
+ public:
+  Step(Program& program, const WorkItem* work, int64_t count, const StepOutput& output);
+
+  void prepare(int threads) override;
+  uint32_t next_phase() override;
+  void run_chunk(uint32_t chunk, int thread) override;
+
+ private:
+  // A row whose logits are wanted.
+  struct OutputRow {
+    int32_t row;     // of the step
+    int32_t item;    // of the work
+    bool samples;    // choose a token
+    bool is_prompt;  // log-probability of the next known token
+  };
+
+  void place_rows();
+  void clear_results();
+
+  uint32_t begin_op();
+  uint32_t begin_matmul();
+  uint32_t begin_attention();
+  uint32_t begin_slice();
+  uint32_t chunks_of_rows(int64_t cols);
+  void end_op();
+
+  int64_t rows() const { return op_ < program_.body_ops_ ? row_count_ : slice_rows_; }
+  float* value_row(int index, int64_t row) const;
+  void quantize(int index, int64_t begin, int64_t end) const;
+  void run_rows(const Op& op, int64_t begin, int64_t end) const;
+  void run_row(const Op& op, int64_t row, float* out) const;
+  void run_product(const Op& op, uint32_t chunk) const;
+  void run_store(const Op& op, int64_t begin, int64_t end) const;
+  void run_attention(const Op& op, uint32_t chunk, int thread);
+  void finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head);
+  void run_output(int64_t index, int thread);
+  void choose(const OutputRow& wanted, float* logits, int thread);
+
+  Program& program_;
+  const WorkItem* work_;
+  int64_t item_count_;
+  const StepOutput& out_;
+  const VectorKernels& vector_;
+  int threads_ = 1;
+
+  int64_t row_count_ = 0;
+  std::vector<int32_t> tokens_, positions_, slots_;  // by row
+  std::vector<PlacedItem> items_;
+  std::vector<OutputRow> outputs_;
+  std::vector<AttentionPlan> plans_;
+  std::vector<float> partials_;
+  std::vector<std::atomic<int32_t>> counters_;
+
+  // Where the step is; written between phases only.
+  size_t op_ = 0;
+  int phase_ = 0;
+  bool sampling_ = false;
+  int64_t grain_ = 1;            // rows of a chunk
+  int64_t columns_ = 0;          // of a chunk of a product
+  int64_t row_tiles_ = 1;        // of a product
+  int64_t tile_rows_ = 0;
+  int64_t slice_ = 0, slice_rows_ = 0;  // output rows [slice_, slice_ + slice_rows_)
+  std::chrono::steady_clock::time_point started_;
+};
+
+}  // namespace textmill

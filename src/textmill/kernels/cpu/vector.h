@@ -1,0 +1,120 @@
+// The small kernels that exist once per instruction set: rows, attention and the sampler's passes over the vocabulary.
+// Each reduces in an order fixed by the length of the row alone.
+#pragma once
+
+#include <cstdint>
+
+#include "matmul.h"
+
+// Seen by files compiled for different instruction sets: must leave no shared copy that the linker could mix up.
+#define TEXTMILL_INLINE [[gnu::always_inline]] inline
+
+namespace textmill {
+
+// Queries are cut in tiles, keys in tiles and ranges; keys by absolute position, so that bits never depend on the cut.
+constexpr int64_t kKeyLanes = 16;   // keys are stored transposed in groups of this many
+constexpr int64_t kKeyTile = 64;    // keys of one softmax update
+constexpr int64_t kKeyRange = 512;  // keys summed on their own, then merged in order
+constexpr int64_t kQueryTile = 48;  // query vectors that share a converted tile of keys (at least one row's)
+
+// One layer's attention (kernels/spec.py: AttentionSpec).
+struct AttentionSpec {
+  int64_t heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1, softcap = 0, norm_eps = 0;
+  int64_t window = 0;
+  const float* alibi = nullptr;
+  const float* rope_cos = nullptr;  // [positions, rotary_half]
+  const float* rope_sin = nullptr;
+  int64_t rotary_half = 0;
+  bool rope_interleaved = false;
+  const float* q_norm = nullptr;
+  const float* k_norm = nullptr;
+  bool q_norm_all = false, k_norm_all = false;  // the weight spans all heads
+  bool half_cache = true;
+  int64_t block_size = 16;
+
+  TEXTMILL_INLINE int64_t group() const { return heads / kv_heads; }
+  // Width of a head in the cache and in the rotated queries; the padding is zero.
+  TEXTMILL_INLINE int64_t dim() const { return (head_dim + 7) / 8 * 8; }
+  TEXTMILL_INLINE int64_t block_elements() const { return kv_heads * block_size * dim(); }
+};
+
+// Norms, turns and scales the queries of one row into q [heads, dim], and stores its keys and values.
+// keys, values: the layer's part of the row's block: [kv_heads][block_size / 16][dim][16] and [kv_heads][block_size][dim].
+struct StoreRow {
+  const float* qkv;
+  float* q;
+  void* keys;
+  void* values;
+  int64_t position;
+};
+
+// Unnormalized attention of nq = rows * group query vectors: maximum, sum and weighted values of each.
+struct Partial {
+  float* maximum;  // [nq]
+  float* sum;      // [nq]
+  float* values;   // [nq, dim]
+};
+
+// One kv head's keys [begin, end) against consecutive rows of queries of its group.
+struct AttendTask {
+  const float* q;  // row 0, first head of the group; heads are dim apart
+  int64_t q_stride;
+  int64_t rows;
+  int64_t position;  // of row 0
+  const int32_t* blocks;
+  const void* keys;  // of block 0, advanced to the kv head
+  const void* values;
+  int64_t block_stride;  // elements from a block to the next
+  int64_t begin, end;
+  const float* slopes;  // ALiBi of the group, or null
+};
+
+// Floats of scratch that attend needs, and of one Partial.
+TEXTMILL_INLINE int64_t query_vectors(const AttentionSpec& spec) {
+  return kQueryTile > spec.group() ? kQueryTile : spec.group();
+}
+TEXTMILL_INLINE int64_t partial_floats(int64_t vectors, int64_t dim) { return vectors * (dim + 2); }
+TEXTMILL_INLINE Partial partial_at(float* memory, int64_t vectors) {
+  return {memory, memory + vectors, memory + 2 * vectors};
+}
+TEXTMILL_INLINE int64_t attend_scratch_floats(int64_t vectors, int64_t dim) {
+  return vectors * dim + vectors * kKeyTile + kKeyTile * dim + vectors + partial_floats(vectors, dim);
+}
+
+struct VectorKernels {
+  const char* name;
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t cols, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t cols, float* out);
+  void (*add)(const float* x, const float* y, int64_t cols, float* out);
+  void (*scale)(const float* x, float factor, int64_t cols, float* out);
+  void (*softcap)(const float* x, float cap, int64_t cols, float* out);
+  void (*activation)(const float* x, Activation kind, int64_t cols, float* out);
+  void (*gated)(const float* x, Activation kind, int64_t cols, float* out);  // cols: of out
+
+  void (*store_row)(const AttentionSpec& spec, const StoreRow& row);
+  // Keys [begin, end) range by range, merged in order.
+  void (*attend)(const AttentionSpec& spec, const AttendTask& task, const Partial& out, float* scratch);
+  void (*merge)(const Partial& into, const Partial& next, int64_t vectors, int64_t dim);
+  // out + row * out_stride + head * head_dim = values / sum
+  void (*normalize)(const AttentionSpec& spec, const Partial& from, int64_t rows, float* out, int64_t out_stride);
+
+  // The largest of x; false if x holds NaN or +Inf.
+  bool (*scan)(const float* x, int64_t count, float* largest);
+  // Sum of exp(x - largest); with `out`, writes the terms too.
+  double (*exp_sum)(const float* x, int64_t count, float largest, float* out);
+  // Indices with x >= threshold, ascending; returns how many.
+  int64_t (*above)(const float* x, int64_t count, float threshold, int32_t* indices);
+  float (*exp)(float x);
+};
+
+extern const VectorKernels kPortableVector;
+#if defined(__x86_64__)
+extern const VectorKernels kAvx2Vector;
+#endif
+
+// The best for this machine, chosen at first use; "portable" forces the plain ones (tests), anything else undoes that.
+const VectorKernels& vector_kernels();
+void set_vector_kernels(const char* name);
+
+}  // namespace textmill
