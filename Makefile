@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 SERVE_VENV ?= .serve-venv
 TEST_VENV ?= .test-venv
-PIP_FLAGS = --quiet --disable-pip-version-check --no-input
+PIP_FLAGS = -qq --disable-pip-version-check --no-input
 
 SOURCES := pyproject.toml CMakeLists.txt \
 	$(shell find src -type f -not -name '*.pyc' -not -name '*.so' -not -path '*/__pycache__/*')
