@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from textmill.api.exchange import SlowReader
 from textmill.api.generation import Generation, TokenStep
@@ -21,12 +21,13 @@ from textmill.api.state import RouterState
 from textmill.api.validation import Prompt
 from textmill.core import Emission, Sampling
 from textmill.errors import (
+    Draining,
     GenerationFailed,
     IncompleteGeneration,
-    InvalidRequest,
     Overloaded,
     TemplateFailed,
     TextmillError,
+    Unhealthy,
 )
 from textmill.observe.logs import event
 from textmill.observe.router_metrics import Outcome
@@ -38,7 +39,8 @@ CAUSES: tuple[tuple[type[BaseException], str], ...] = (
     (TemplateFailed, "template"),
     (GenerationFailed, "generation"),
     (IncompleteGeneration, "incomplete"),
-    (InvalidRequest, "validation"),
+    (Unhealthy, "generation"),
+    (Draining, "overloaded"),
     (TextmillError, "validation"),
     (asyncio.CancelledError, "dropped"),
     (SlowReader, "dropped"),
@@ -102,7 +104,8 @@ class Sequence:
         outcome: Outcome = "failed"
         last: list[TokenStep] = []
         try:
-            async with aclosing(state.engine.generate(request)) as emissions:
+            source = cast(AsyncGenerator[Emission, None], state.engine.generate(request))
+            async with aclosing(source) as emissions:
                 async for emission in emissions:
                     last = self._take(emission)
                     if self.generation.finish is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from textmill.core import Emission, EngineInfo, Request
@@ -22,7 +22,8 @@ class EngineHealth(Protocol):
 
 
 class EngineClient(Protocol):
-    """A connection to one engine. `generate` ends after an emission whose `finish` is set; closing it cancels."""
+    """A connection to one engine. `generate` is an async generator that ends after an emission whose `finish` is set;
+    closing it earlier cancels the request."""
 
     @property
     def connected(self) -> bool: ...
@@ -33,4 +34,4 @@ class EngineClient(Protocol):
 
     async def stats(self) -> dict[str, float]: ...
 
-    def generate(self, request: Request) -> AsyncGenerator[Emission, None]: ...
+    def generate(self, request: Request) -> AsyncIterator[Emission]: ...

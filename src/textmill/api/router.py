@@ -29,6 +29,8 @@ from textmill.text.tokenizer import Tokenizer, load_tokenizer
 
 HEADERS_LIMIT = 65536  # bytes of request line and headers
 IDLE_CONNECTION = 75  # seconds
+SOCKET_PAUSE = 0.01  # seconds between looks for the engine's socket
+ENGINE_WAIT = 86400.0  # seconds; the launcher ends us sooner if the engine does not come up
 LAST_WORDS = 3  # seconds beyond the drain in which answers may still leave
 Ready = Callable[[], None]
 
@@ -95,14 +97,22 @@ def main(settings: Settings, place: Place, model_path: Path, on_ready: Ready, co
 async def run_router(
     settings: Settings, place: Place, model_path: Path, on_ready: Ready, compute_type: str = ""
 ) -> None:
-    """Connect to the engine while the tokenizer is read, then serve until SIGTERM or SIGINT."""
-    from textmill.wire.client import EngineConnection
+    """Wait for the engine while the tokenizer is read, then serve until SIGTERM or SIGINT."""
+    from textmill.wire.client import EngineClient as WireClient
 
-    async with EngineConnection(place.engine_socket) as engine:
-        reading = asyncio.to_thread(load_tokenizer, model_path, tokenizer_config_path=settings.tokenizer_config_path)
-        tokenizer, info = await asyncio.gather(reading, engine.info())
-        state = build_state(settings, place, engine, tokenizer, info, compute_type)
+    reading = asyncio.create_task(
+        asyncio.to_thread(load_tokenizer, model_path, tokenizer_config_path=settings.tokenizer_config_path)
+    )
+    while not Path(place.engine_socket).exists() and not (reading.done() and reading.exception()):
+        await asyncio.sleep(SOCKET_PAUSE)
+    tokenizer = await reading
+    engine = WireClient(Path(place.engine_socket))
+    await engine.connect(ENGINE_WAIT)
+    try:
+        state = build_state(settings, place, engine, tokenizer, await engine.info(), compute_type)
         await serve(state, socket.socket(fileno=place.listen_fd), place.private_socket(place.index), on_ready)
+    finally:
+        await engine.close()
 
 
 def build_state(
