@@ -140,7 +140,6 @@ class Settings:
     huggingface_hub_cache: str | None = setting(
         None, MODEL, "Folder of the hub's cache.", default_help="huggingface_hub's own"
     )
-    weights_cache_override: str | None = setting(None, MODEL, "Folder looked into first for a model's weights.")
     tokenizer_config_path: str | None = setting(
         None, MODEL, "Use this tokenizer_config.json (chat template) in place of the model's."
     )
@@ -201,6 +200,12 @@ class Settings:
     speculate: int | None = setting(None, NOT_BUILT, "Tokens guessed ahead.", built="speculative decoding", works=(0,))
     kv_cache_dtype: str | None = setting(
         None, NOT_BUILT, "Narrow KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"), built="8-bit KV caches"
+    )
+    weights_cache_override: str | None = setting(
+        None,
+        NOT_BUILT,
+        "Folder looked into first for weights.",
+        built="a second folder of weights; name it by --model-id",
     )
     trust_remote_code: bool = setting(
         False, NOT_BUILT, "Run code from the model's repository.", built="code from a model's repository is never run"

@@ -31,8 +31,8 @@ class LaunchCommand(click.Command):
         write_panels(self, ctx, formatter)
 
 
-class Interrupted(Exception):
-    """A signal came before there was anything to drain."""
+class Interrupted(BaseException):
+    """A signal came before there was anything to drain. Like KeyboardInterrupt, it passes every `except Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -58,7 +58,8 @@ def launch(**values: Any) -> None:
     try:
         code, failure = serve(settings, begun)
     except Interrupted as interrupted:
-        code, failure = interrupted.code, ""
+        sys.stdout.flush()
+        os._exit(interrupted.code)  # without waiting for threads that still download
     if failure:
         last_line(settings, failure)
     sys.exit(code)

@@ -1,0 +1,102 @@
+"""`textmill serve-engine`: the model side in a process of its own, started by the launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from textmill.cli.child import Handed, adopt, die_with, read_handed
+from textmill.cli.status import StatusPipe
+from textmill.errors import TextmillError
+
+if TYPE_CHECKING:
+    from textmill.core import EngineInfo
+    from textmill.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_BEATS = 0.5
+
+
+def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int) -> None:
+    """Load the model and serve it to routers over a Unix socket."""
+    die_with(parent, "textmill-engine")
+    status = StatusPipe(status_fd)
+    handed = read_handed(Path(settings))
+    adopt("engine", handed.settings)
+    try:
+        engine, info = build(handed, status)
+        asyncio.run(serve(engine, info, Path(socket), handed.settings.graceful_termination_timeout, status))
+    except TextmillError as error:
+        log.debug("the engine ends", exc_info=error)
+        status.fail(error.message)
+        sys.exit(1)
+    except Exception as error:
+        # Fault boundary: a bug. The launcher shows one line, the log keeps the rest.
+        log.exception("the engine ends by an error of its own")
+        status.fail(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
+    """The engine with its warm runner. Raises ConfigError, ModelError."""
+    import torch
+
+    status.report("start", f"PyTorch {torch.__version__} is in memory")
+    from textmill.engine.engine import Engine
+    from textmill.engine.scheduler import EngineSettings
+    from textmill.runner.build import build_runner
+    from textmill.weights.source import ModelSource
+
+    source = ModelSource(**(handed.source | {"path": Path(handed.source["path"])}))
+    runner, info = build_runner(handed.settings, source, status.report)
+    settings = EngineSettings(
+        max_batch_prefill_tokens=info.max_batch_prefill_tokens,
+        max_total_tokens=info.max_total_tokens,
+        max_batch_size=handed.settings.max_batch_size,
+        prefix_caching=handed.settings.prefix_caching,
+    )
+    return Engine(runner, settings), info
+
+
+async def serve(engine: Engine, info: EngineInfo, socket: Path, drain_seconds: float, status: StatusPipe) -> None:
+    """Serve until SIGTERM, then finish what runs. Raises TextmillError if the engine fails by itself."""
+    from textmill.wire.server import run_engine_server
+
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+
+    def on_ready() -> None:
+        threading.Thread(target=beat, args=(engine, status), name="beat", daemon=True).start()
+        status.ready(f"{info.model_id} is served on {info.device}")
+
+    await run_engine_server(engine, info, socket, on_ready, stop, drain_seconds=drain_seconds)
+
+
+def beat(engine: Engine, status: StatusPipe) -> None:
+    """Tell the launcher again and again how far the engine is; its silence, too, tells it something."""
+    while True:
+        health = engine.health()
+        status.beat(health.step, health.step_age_ns / 1e9, health.working)
+        time.sleep(SECONDS_BETWEEN_BEATS)
+
+
+command = click.Command(
+    "serve-engine",
+    callback=serve_engine,
+    params=[
+        click.Option(["--settings"], required=True, help="File that the launcher wrote."),
+        click.Option(["--socket"], required=True, help="Where to serve."),
+        click.Option(["--status-fd"], type=int, help="Where to say how it is going."),
+        click.Option(["--parent"], type=int, default=0, help="Process to die with."),
+    ],
+    help=serve_engine.__doc__,
+)
