@@ -44,7 +44,7 @@ class Submit(_message.Message):
     prompt_logprobs: bool
     top_n_tokens: int
     cache_salt: bytes
-    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping[str, object]]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("submits", "cancels")
@@ -52,7 +52,7 @@ class RouterMessage(_message.Message):
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping[str, object]]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Extra(_message.Message):
     __slots__ = ("row", "top_ids", "top_logprobs", "prompt_logprobs", "has_prompt_logprobs", "queue_ns", "cached_tokens", "error")
@@ -88,7 +88,7 @@ class StepBatch(_message.Message):
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     finish: _containers.RepeatedScalarFieldContainer[int]
     extras: _containers.RepeatedCompositeFieldContainer[Extra]
-    def __init__(self, step: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finish: _Optional[_Iterable[int]] = ..., extras: _Optional[_Iterable[_Union[Extra, _Mapping]]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finish: _Optional[_Iterable[int]] = ..., extras: _Optional[_Iterable[_Union[Extra, _Mapping[str, object]]]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
