@@ -51,6 +51,7 @@ FAMILIES = re.compile(
     r"(?<![a-z])(llama|mistral|mixtral|qwen|gemma|phi[-_]?[1-4]|falcon|bloom|gpt[-_]?2|gpt[-_]?neox|opt[-_]1|mamba|"
     r"deepseek|starcoder|cohere|olmo|granite|smollm(?!2-135m)|chatml)"
 )
+FORMAT_WORDS = {"llama3"}  # a value of `rope_type`, used by many families
 
 
 def name_of(file: Path) -> str:
@@ -161,7 +162,7 @@ def test_files_and_functions_are_small_and_say_what_they_promise(file: Path) -> 
 def test_a_broad_except_gives_its_reason(file: Path) -> None:
     lines = file.read_text(encoding="utf-8").splitlines()
     for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.ExceptHandler) and is_broad(node):
+        if isinstance(node, ast.ExceptHandler) and is_broad(node) and not raises_again(node):
             near = [re.sub(r"#\s*noqa[:\sA-Z0-9]*", "#", line) for line in lines[node.lineno - 2 : node.lineno + 1]]
             assert any(re.search(r"#.*\w", line) for line in near), f"line {node.lineno}"
 
@@ -170,6 +171,12 @@ def is_broad(handler: ast.ExceptHandler) -> bool:
     return handler.type is None or bool(
         {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} & {"Exception", "BaseException"}
     )
+
+
+def raises_again(handler: ast.ExceptHandler) -> bool:
+    """It only tidies up: its last statement is a bare `raise`."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
@@ -191,7 +198,8 @@ def test_family_names_stay_in_models_and_name_tables(file: Path) -> None:
     }
     for token in tokenize.generate_tokens(io.StringIO(file.read_text(encoding="utf-8")).readline):
         if token.type in (tokenize.NAME, tokenize.STRING) and token.start[0] not in docstrings:
-            assert not FAMILIES.search(token.string.lower()), f"line {token.start[0]}: {token.string[:60]}"
+            text = token.string.lower().strip("\"'")
+            assert text in FORMAT_WORDS or not FAMILIES.search(text), f"line {token.start[0]}: {token.string[:60]}"
 
 
 def test_no_drawer_for_odds_and_ends() -> None:
