@@ -84,10 +84,10 @@ def _common(parts: Sequence[Packed]) -> list[Packed]:
     """The same matrices in one layout that holds them all: the finest group, the largest zero, offsets if any has."""
     group = gcd(*(part.group for part in parts))
     zero = max(part.zero for part in parts)
-    largest = max(((1 << part.bits) - 1) + zero - part.zero for part in parts)
+    largest = max(int(part.codes.max()) + zero - part.zero for part in parts)
     if largest > 255:
         raise ValueError(f"these matrices have no common layout of 8 bits: {[part.layout for part in parts]}")
-    bits = 4 if largest < 16 else 8
+    bits = 4 if largest < 16 and all(part.bits == 4 for part in parts) else 8
     offsets = any(part.offsets is not None for part in parts)
     return [_express(part, bits, group, zero, offsets) for part in parts]
 

@@ -83,10 +83,10 @@ def _continue(prompt: str, content: str) -> str:
 
 
 def _guard(action: Callable[[], Result]) -> Result:
-    """Fault boundary: a template is a stranger's program and can raise anything; all of it is its own failure."""
+    """Everything that a template raises is its own failure."""
     try:
         return action()
     except TemplateError as error:
         raise TemplateFailed(error.message or type(error).__name__) from error
-    except Exception as error:
+    except Exception as error:  # fault boundary: a template is a stranger's program and can raise anything
         raise TemplateFailed(f"{type(error).__name__}: {error}"[:500]) from error
