@@ -88,6 +88,7 @@ class Scheduler:
         self._releases: list[int] = []
         self._plans: dict[int, Plan] = {}
         self._number = 0
+        self._done_ns = 0
 
     @property
     def busy(self) -> bool:
@@ -113,7 +114,10 @@ class Scheduler:
         if len(result.sampled) != len(plan.rows):
             return self.fail(step, f"the runner answered {len(result.sampled)} of {len(plan.rows)} rows")
         del self._plans[step.number]
-        self._counters.step_done(result.seconds, (time.monotonic_ns() - plan.launched_ns) * 1e-9, plan.prefill)
+        now = time.monotonic_ns()
+        # A step launched ahead of its turn began when the one before it was done.
+        self._counters.step_done(result.seconds, (now - max(plan.launched_ns, self._done_ns)) * 1e-9, plan.prefill)
+        self._done_ns = now
         events: list[Event] = []
         for row, sampled in zip(plan.rows, result.sampled, strict=True):
             emission = self._settle(row, sampled)

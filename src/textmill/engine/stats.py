@@ -6,8 +6,8 @@ Counters (since start):
   steps, steps_failed, forward_seconds (the runner's own clock), schedule_seconds, update_seconds (the engine's work)
   prompt_tokens, prefix_hit_tokens, computed_tokens, generated_tokens, void_rows, preemptions
   batch_inference_count_{prefill,decode}, batch_inference_success_{...}, batch_inference_failure_{...},
-    batch_inference_seconds_{...}: steps and their duration from launch to result; a step with any prompt token
-    in it is a prefill
+    batch_inference_seconds_{...}: steps and their duration as the engine sees it (successes only); a step with any
+    prompt token in it is a prefill
   batch_next_count, batch_next_size_sum: steps planned and the sequences in them
 Gauges:
   queue_size, running (sequences in slots), batch_current_size (sequences in the newest step),
