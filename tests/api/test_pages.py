@@ -109,6 +109,7 @@ async def test_metrics(client: httpx.AsyncClient, engine: ScriptedEngine) -> Non
     assert found["tgi_request_max_new_tokens_count"] == 2
     assert found["textmill_time_to_first_token_seconds_count"] == 2
     assert found["textmill_inter_token_seconds_count"] == 4
+    assert found["tgi_request_skipped_tokens_count"] == 2
     assert found["tgi_queue_size"] == 3
     assert found["textmill_kv_blocks_used"] == 7
     assert found["textmill_preemptions"] == 2

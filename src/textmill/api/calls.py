@@ -130,6 +130,7 @@ class Sequence:
             if self.last is None:
                 times.first(now, emission.queue_ns)
                 metrics.first_token.observe(now - times.arrival)
+                metrics.skipped_tokens.observe(emission.cached_tokens)
             else:
                 metrics.between_tokens.observe(now - self.last)
             self.last = now

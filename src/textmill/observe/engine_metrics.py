@@ -63,8 +63,10 @@ def _sums(stats: dict[str, float]) -> Snapshot:
         for method in METHODS
     ]
     sizes = [[[], _whole(stats, "batch_next_count", "batch_next_size_sum")]]
+    forward = [[["all"], _whole(stats, "steps", "forward_seconds")]]
     return {
         "tgi_batch_inference_duration": _histogram("Duration of a step.", ["method"], durations),
+        "tgi_batch_forward_duration": _histogram("The model's part of a step.", ["method"], forward),
         "tgi_batch_next_size": _histogram("Sequences in a planned step.", [], sizes),
     }
 

@@ -74,6 +74,9 @@ class RouterMetrics:
         self.max_new_tokens = registry.histogram("tgi_request_max_new_tokens", "Tokens asked for at most.", total)
         inputs = length_bounds(info.max_input_tokens)
         self.input_length = registry.histogram("tgi_request_input_length", "Prompt tokens.", inputs)
+        self.skipped_tokens = registry.histogram(
+            "tgi_request_skipped_tokens", "Prompt tokens found in the prefix cache.", inputs
+        )
         self.first_token = registry.histogram(
             "textmill_time_to_first_token_seconds", "From arrival to the first token.", SECONDS
         )
