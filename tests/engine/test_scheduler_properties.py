@@ -31,7 +31,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.one_of(st.none(), st.integers(1, 16)),
         beside=st.one_of(st.none(), st.integers(1, 4)),
         caching=st.booleans(),
-        ahead=st.integers(0, 1),
+        ahead=st.integers(0, 2),
     )
     def begin(
         self,
@@ -113,7 +113,7 @@ def random_driver(dice: random.Random) -> Driver:
         max_batch_prefill_tokens=dice.choice([None, 1, 3, 8]),
         prefill_tokens_beside_decode=dice.choice([None, None, 1, 3]),
         prefix_caching=dice.random() < 0.8,
-        steps_ahead=dice.choice([0, 1, 1]),
+        steps_ahead=dice.choice([0, 1, 1, 2]),
     )
     return Driver(its_limits, its_settings)
 

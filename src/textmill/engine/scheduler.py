@@ -35,8 +35,8 @@ class EngineSettings:
     """How the engine uses its runner. None: as much as the runner can.
 
     `max_batch_prefill_tokens` bounds the tokens of one step, `prefill_tokens_beside_decode` those of prompts in a
-    step that also decodes (None: no further bound). `steps_ahead` is 1 (plan and launch a step while the one
-    before runs) or 0 (wait for each).
+    step that also decodes (None: no further bound). `steps_ahead` is how many steps are launched
+    while one runs: 1 keeps the runner busy, 0 plans each step with all that is known.
     """
 
     max_batch_prefill_tokens: int | None = None
