@@ -60,8 +60,9 @@ inline f32x8 gelu_erf(f32x8 x) {
 }
 
 inline f32x8 gelu_tanh(f32x8 x) {
-  const f32x8 inner = splat(0.79788456080286536f) * fma(splat(0.044715f) * x * x, x, x);
-  return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
+  // (1 + tanh(u)) / 2 is the sigmoid of 2u, which loses nothing where tanh nears -1.
+  const f32x8 twice = splat(1.5957691216057308f) * fma(splat(0.044715f) * x * x, x, x);
+  return x * sigmoid(twice);
 }
 
 inline f32x8 apply(Activation kind, f32x8 x) {
