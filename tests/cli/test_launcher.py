@@ -255,7 +255,7 @@ def test_progress_and_tables_are_shown(start: Start) -> None:
     server.wait_ready()
     assert "engine: loaded phase=load seconds=" in server.text()
     assert "    weights          98 MiB\n" in server.text()
-    assert "    tokens that fit   4,096\n" in server.text()
+    assert "    tokens that fit  4,096\n" in server.text()
     assert f": stub at http://0.0.0.0:{server.port}" in server.text()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from textmill.cli.child import Handed, adopt, die_with, read_handed
+from textmill.cli.child import Handed, adopt, die_with, leave, read_handed
 from textmill.cli.status import StatusPipe
 from textmill.errors import TextmillError
 
@@ -38,12 +37,13 @@ def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int)
     except TextmillError as error:
         log.debug("the engine ends", exc_info=error)
         status.fail(error.message)
-        sys.exit(1)
+        leave(1)
     except Exception as error:
         # Fault boundary: a bug. The launcher shows one line, the log keeps the rest.
         log.exception("the engine ends by an error of its own")
         status.fail(f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        leave(1)
+    leave(0)
 
 
 def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:

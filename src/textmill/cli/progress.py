@@ -20,14 +20,14 @@ def show(log: logging.Logger, who: str, status: Status) -> None:
 
 
 def table_lines(table: object) -> list[str]:
-    """Rows (sequences or one mapping) as text, columns aligned: names to the left, values to the right."""
+    """Rows (sequences or one mapping) as text with aligned columns."""
     rows = [[str(cell) for cell in row] for row in _rows(table)]
     if not rows:
         return []
     count = max(map(len, rows))
     rows = [row + [""] * (count - len(row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(count)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _rows(table: object) -> Iterable[Sequence[object]]:
