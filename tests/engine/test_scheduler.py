@@ -54,9 +54,12 @@ def test_prompts_get_on_even_beside_more_decodes_than_the_budget() -> None:
     for _ in range(4):
         driver.turn()
     late = driver.arrive(range(5), 3)
-    driver.finish()
+    for _ in range(9):
+        driver.turn()
     assert late is not None
     assert late.finish is Finish.LENGTH
+    assert not any(other.finish for other in driver.watched[:4])
+    driver.finish()
     assert all(sum(work.count for work in step.work) <= 5 for step in driver.runner.steps)
 
 
