@@ -175,7 +175,7 @@ class Settings:
     log_colorize: bool | None = setting(
         None, LOGS, "Colours in plain lines (true or false).", default_help="on a terminal only"
     )
-    profile: bool = setting(False, LOGS, "Log where each engine step's time goes.")
+    profile: bool = setting(False, LOGS, "Log every 5 seconds how much each of the engine's numbers grew.")
 
     waiting_served_ratio: float = setting(0.3, NO_EFFECT, "Prompts are cut into chunks; nothing waits for a ratio.")
     max_waiting_tokens: int = setting(20, NO_EFFECT, "Prompts are cut into chunks; nothing waits for decode steps.")

@@ -14,7 +14,9 @@ import click
 
 from textmill.cli.child import Handed, adopt, die_with, leave, read_handed
 from textmill.cli.status import StatusPipe
+from textmill.config import Settings
 from textmill.errors import TextmillError
+from textmill.observe import logs
 
 if TYPE_CHECKING:
     from textmill.core import EngineInfo
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_BEATS = 0.5
+SECONDS_BETWEEN_PROFILES = 5.0
 
 
 def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int) -> None:
@@ -33,7 +36,7 @@ def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int)
     adopt("engine", handed.settings)
     try:
         engine, info = build(handed, status)
-        asyncio.run(serve(engine, info, Path(socket), handed.settings.graceful_termination_timeout, status))
+        asyncio.run(serve(engine, info, Path(socket), handed.settings, status))
     except TextmillError as error:
         log.debug("the engine ends", exc_info=error)
         status.fail(error.message)
@@ -67,7 +70,7 @@ def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
     return Engine(runner, settings), info
 
 
-async def serve(engine: Engine, info: EngineInfo, socket: Path, drain_seconds: float, status: StatusPipe) -> None:
+async def serve(engine: Engine, info: EngineInfo, socket: Path, settings: Settings, status: StatusPipe) -> None:
     """Serve until SIGTERM, then finish what runs. Raises TextmillError if the engine fails by itself."""
     from textmill.wire.server import run_engine_server
 
@@ -76,9 +79,12 @@ async def serve(engine: Engine, info: EngineInfo, socket: Path, drain_seconds: f
 
     def on_ready() -> None:
         threading.Thread(target=beat, args=(engine, status), name="beat", daemon=True).start()
+        if settings.profile:
+            threading.Thread(target=log_gains, args=(engine,), name="profile", daemon=True).start()
         status.ready(f"{info.model_id} is served on {info.device}")
 
-    await run_engine_server(engine, info, socket, on_ready, stop, drain_seconds=drain_seconds)
+    grace = float(settings.graceful_termination_timeout)
+    await run_engine_server(engine, info, socket, on_ready, stop, drain_seconds=grace)
 
 
 def beat(engine: Engine, status: StatusPipe) -> None:
@@ -87,6 +93,24 @@ def beat(engine: Engine, status: StatusPipe) -> None:
         health = engine.health()
         status.beat(health.step, health.step_age_ns / 1e9, health.working)
         time.sleep(SECONDS_BETWEEN_BEATS)
+
+
+def log_gains(engine: Engine) -> None:
+    """What `--profile` asks for: every few seconds, how much each of the engine's numbers grew."""
+    before = engine.stats()
+    while True:
+        time.sleep(SECONDS_BETWEEN_PROFILES)
+        after = engine.stats()
+        gains = gained(before, after)
+        if gains:
+            logs.event(log, logging.INFO, "profile", **gains)
+        before = after
+
+
+def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The numbers that changed, each with its change."""
+    changes = {name: round(value - before.get(name, 0.0), 6) for name, value in after.items()}
+    return {name: change for name, change in changes.items() if change}
 
 
 command = click.Command(
