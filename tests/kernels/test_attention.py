@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.tiny import put, rope, work
 
+from tests.kernels.tiny import put, rope, work
 from textmill.kernels import native, reference
 from textmill.kernels.native import Program, dense_weight
 from textmill.kernels.spec import AttentionSpec
@@ -79,6 +79,20 @@ def test_equals_the_reference(name: str) -> None:
     got = case.program().logits(work((0, 0, 150, 0)), every_row=True)
     tolerance = 4e-3 if case.half else 2e-5
     torch.testing.assert_close(torch.from_numpy(got), case.expected(0, 150), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["plain", "float32", "all", "odd_width"])
+def test_plain_machines_too(name: str) -> None:
+    before = native.instruction_set()
+    assert native.set_instruction_set("portable")
+    case = Case(**VARIANTS[name])
+    p = case.program()
+    whole = p.logits(work((0, 0, 90, 0)), every_row=True)
+    one_by_one = [p.logits(work((0, i, 1, 0)), every_row=True) for i in range(60, 90)]
+    native.set_instruction_set(before)
+    tolerance = 4e-3 if case.half else 2e-5
+    torch.testing.assert_close(torch.from_numpy(whole), case.expected(0, 90), rtol=tolerance, atol=tolerance)
+    assert np.array_equal(np.concatenate(one_by_one), whole[60:])
 
 
 def test_long_contexts_in_ranges() -> None:

@@ -50,7 +50,7 @@ double philox_uniform(uint64_t seed, uint32_t position) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return static_cast<double>((static_cast<uint64_t>(c1) << 32 | c0) >> 11) * 0x1p-53;
+  return static_cast<double>(static_cast<uint64_t>(c0 >> 5) << 26 | c1 >> 6) * 0x1p-53;
 }
 
 void Sampler::penalize(float* x, const SamplingParameters& p, const int32_t* tokens, int64_t length) {

@@ -25,7 +25,7 @@ struct Choice {
   int32_t top_count = 0;
 };
 
-// Uniform in [0, 1), 53 bits: Philox4x32-10, key = seed, counter = (position, 0, 0, 0).
+// Uniform in [0, 1): Philox4x32-10, key = seed, counter = (position, 0, 0, 0); 53 bits from the first two words.
 double philox_uniform(uint64_t seed, uint32_t position);
 
 // One thread's tools; the memory is kept from row to row.
