@@ -202,6 +202,7 @@ class Program:
         self.top_n = np.zeros(max_slots, np.int32)
         self.prompt_logprobs = np.zeros(max_slots, np.uint8)
         self._kept: dict[int, tuple[Array, NDArray[np.float32]]] = {}
+        self._weights: dict[int, NativeWeight] = {}
         sizes = (max_rows, max_outputs, max_slots, max_total_tokens, block_size, vocab_size, kv_dtype == "float16")
         self._native = _native.Program(*sizes, self._table())
 
@@ -216,6 +217,7 @@ class Program:
 
     def embed(self, weight: NativeWeight, scale: float = 1.0) -> Rows:
         """Rows of the embedding table `weight` [vocabulary, columns] for the step's tokens, times `scale`."""
+        self._weights[id(weight)] = weight
         return self._rows(self._native.embed(weight.handle, scale))
 
     def rms_norm(self, x: Rows, weight: Array, eps: float, plus_one: bool = False) -> Rows:
@@ -257,6 +259,7 @@ class Program:
         gated: bool = False,
     ) -> Rows:
         """x W^T + bias, then the activation; `gated`: W is [gate; up], the result act(gate) * up and half as wide."""
+        self._weights[id(weight)] = weight
         number = _number(activation) if activation else 0
         return self._rows(self._native.matmul(self._own(x), weight.handle, self._keep_if(bias), number, gated))
 
@@ -297,6 +300,11 @@ class Program:
     def kv_bytes_per_block(self) -> int:
         """Bytes of `block_size` tokens' keys and values in all layers; known after `finish`."""
         return int(self._native.kv_bytes_per_block)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices, each counted once."""
+        return sum(weight.nbytes for weight in self._weights.values())
 
     @property
     def arena_bytes(self) -> int:

@@ -54,11 +54,11 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
     model = build_model(c, View(checkpoint))
     executor, plan = build_executor(settings, model, c, shape, packed=checkpoint.packed, native=native)
-    check_all_read(checkpoint)
     report("load", "weights are in place", seconds=time.perf_counter() - started)
     limits = limits_of(settings, c, shape, plan)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     seconds = warm_up(executor, limits)
+    check_all_read(checkpoint)
     report("warmup", "first step done", seconds=seconds)
     return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor.dtype)
 

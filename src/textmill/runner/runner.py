@@ -31,15 +31,24 @@ class Executor(Protocol):
 
 
 class LocalRunner:
-    """Runs steps on a thread. A step that raises comes back as that exception from `collect`; the next ones go on."""
+    """Runs steps on a thread. A step that raises comes back as that exception from `collect`; the next ones go on.
+
+    Slots of a lost step are void until they are admitted anew: rows that later steps planned for them get an error.
+    """
 
     def __init__(self, executor: Executor, limits: RunnerLimits) -> None:
         self.limits = limits
         self._executor = executor
+        self._lost: set[int] = set()
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
         self._results: SimpleQueue[StepResult | Exception] = SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once no later step can succeed."""
+        return self._thread.is_alive()
 
     def submit(self, step: Step) -> None:
         self._steps.put(step)
@@ -60,10 +69,19 @@ class LocalRunner:
             try:
                 self._results.put(self._run(step))
             except Exception as error:  # noqa: BLE001 - the boundary: one broken step must not end the thread
+                self._lost.update(one.slot for one in (*step.work, *step.admissions))
                 self._results.put(error)
 
     def _run(self, step: Step) -> StepResult:
         started = time.perf_counter()
         apply(step, self._executor.tables)
-        sampled = self._executor.run(step.work) if step.work else []
-        return StepResult(step.number, tuple(sampled), time.perf_counter() - started)
+        if self._lost:
+            self._lost.difference_update(admission.slot for admission in step.admissions)
+        work = [item for item in step.work if item.slot not in self._lost] if self._lost else step.work
+        sampled = iter(self._executor.run(work) if work else ())
+        answers = tuple(lost(item.slot) if item.slot in self._lost else next(sampled) for item in step.work)
+        return StepResult(step.number, answers, time.perf_counter() - started)
+
+
+def lost(slot: int) -> Sampled:
+    return Sampled(slot, None, error="an earlier step of this request was lost")
