@@ -69,7 +69,7 @@ class LocalRunner:
             try:
                 self._results.put(self._run(step))
             except Exception as error:  # noqa: BLE001 - the boundary: one broken step must not end the thread
-                self._lost.update(one.slot for one in (*step.work, *step.admissions))
+                self._lost.update(item.slot for item in step.work)
                 self._results.put(error)
 
     def _run(self, step: Step) -> StepResult:
