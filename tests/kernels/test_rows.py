@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.tiny import put, work
 
+from tests.kernels.tiny import put, work
 from textmill.kernels import dispatch, native
 from textmill.kernels.native import Program, dense_weight
 
