@@ -49,16 +49,17 @@ inline __m256 gelu_tanh(__m256 x) {
   return times_sigmoid(x, _mm256_mul_ps(_mm256_set1_ps(1.5957691216057308f), _mm256_add_ps(x, cubic)));
 }
 
-// Rare (the exact GELU): lane by lane with the C library.
-inline __m256 gelu_erf(__m256 x) {
+// The exact GELU of few models: lane by lane with the C library.
+__attribute__((noinline)) __m256 gelu_erf(__m256 x) {
   alignas(32) float lanes[8];
   _mm256_store_ps(lanes, x);
   for (float& lane : lanes) lane = 0.5f * lane * __builtin_erfcf(-0.70710678118654752f * lane);
   return _mm256_load_ps(lanes);
 }
 
-inline __m256 activate(__m256 x, Activation activation) {
-  switch (activation) {
+template <Activation kActivation>
+inline __m256 activate(__m256 x) {
+  switch (kActivation) {
     case Activation::kSilu: return times_sigmoid(x, x);
     case Activation::kGeluTanh: return gelu_tanh(x);
     case Activation::kGeluErf: return gelu_erf(x);
@@ -67,25 +68,68 @@ inline __m256 activate(__m256 x, Activation activation) {
   }
 }
 
-// Writes columns [column, column + width) of `rows` rows from y (and up, if gated), `half` being the first up column.
-inline void finish_strip(const Epilogue& e, const float* y, const float* up, int64_t ld, int64_t half, int64_t row,
-                         int64_t rows, int64_t column, int64_t width, float* out, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* residual = e.residual ? e.residual + (row + r) * e.residual_stride + column : nullptr;
-    float* to = out + (row + r) * stride + column;
-    for (int64_t c = 0; c < width; c += 8) {
-      const __m256i mask = lanes_below(width - c);
-      __m256 value = _mm256_loadu_ps(y + r * ld + c);
-      if (e.bias) value = _mm256_add_ps(value, _mm256_maskload_ps(e.bias + column + c, mask));
-      value = activate(value, e.activation);
-      if (up) {
-        __m256 factor = _mm256_loadu_ps(up + r * ld + c);
-        if (e.bias) factor = _mm256_add_ps(factor, _mm256_maskload_ps(e.bias + half + column + c, mask));
-        value = _mm256_mul_ps(value, factor);
-      }
-      if (residual) value = _mm256_add_ps(value, _mm256_maskload_ps(residual + c, mask));
-      _mm256_maskstore_ps(to + c, mask, value);
+// Part of the results: columns [column, column + width) of rows [row, row + rows). y and up have `ld` floats between rows.
+struct Strip {
+  const float* y;
+  const float* up;  // null if not gated
+  int64_t ld, half;  // half: the first up column
+  int64_t row, rows, column, width;
+};
+
+// 8 floats, or the lanes that `mask` names: masked accesses are slow, so they are kept for a matrix's last columns.
+template <bool kFull>
+inline __m256 load_lanes(const float* at, __m256i mask) {
+  return kFull ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, mask);
+}
+
+template <Activation kActivation, bool kGated, bool kFull>
+inline void finish_vector(const Strip& strip, const float* bias, const float* residual, int64_t r, int64_t c, float* to) {
+  const __m256i mask = lanes_below(kFull ? 8 : strip.width - c);
+  __m256 value = _mm256_loadu_ps(strip.y + r * strip.ld + c);
+  if (bias) value = _mm256_add_ps(value, load_lanes<kFull>(bias + c, mask));
+  value = activate<kActivation>(value);
+  if (kGated) {
+    __m256 factor = _mm256_loadu_ps(strip.up + r * strip.ld + c);
+    if (bias) factor = _mm256_add_ps(factor, load_lanes<kFull>(bias + strip.half + c, mask));
+    value = _mm256_mul_ps(value, factor);
+  }
+  if (residual) value = _mm256_add_ps(value, load_lanes<kFull>(residual + c, mask));
+  if (kFull) {
+    _mm256_storeu_ps(to + c, value);
+  } else {
+    _mm256_maskstore_ps(to + c, mask, value);
+  }
+}
+
+template <Activation kActivation, bool kGated>
+__attribute__((noinline)) void finish(const Epilogue& e, const Strip& at, float* out, int64_t stride) {
+  const Strip strip = at;
+  const float* bias = e.bias ? e.bias + strip.column : nullptr;
+  const float* residual = e.residual ? e.residual + strip.row * e.residual_stride + strip.column : nullptr;
+  const int64_t residual_stride = residual ? e.residual_stride : 0, whole = strip.width / 8 * 8;
+  float* to = out + strip.row * stride + strip.column;
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    for (int64_t c = 0; c < whole; c += 8) {
+      finish_vector<kActivation, kGated, true>(strip, bias, residual, r, c, to);
     }
+    if (whole < strip.width) finish_vector<kActivation, kGated, false>(strip, bias, residual, r, whole, to);
+    to += stride;
+    if (residual) residual += residual_stride;
+  }
+}
+
+template <Activation kActivation>
+void finish_activated(const Epilogue& e, const Strip& strip, float* out, int64_t stride) {
+  (strip.up ? finish<kActivation, true> : finish<kActivation, false>)(e, strip, out, stride);
+}
+
+inline void finish_strip(const Epilogue& e, const Strip& strip, float* out, int64_t stride) {
+  switch (e.activation) {
+    case Activation::kSilu: return finish_activated<Activation::kSilu>(e, strip, out, stride);
+    case Activation::kGeluTanh: return finish_activated<Activation::kGeluTanh>(e, strip, out, stride);
+    case Activation::kGeluErf: return finish_activated<Activation::kGeluErf>(e, strip, out, stride);
+    case Activation::kRelu: return finish_activated<Activation::kRelu>(e, strip, out, stride);
+    default: return finish_activated<Activation::kNone>(e, strip, out, stride);
   }
 }
 

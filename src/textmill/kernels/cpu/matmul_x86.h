@@ -459,13 +459,17 @@ void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block,
     const int64_t some = rows - row < row_block ? rows - row : row_block;
     for (int64_t column = begin; column < end; column += 8 * kStrip) {
       const int64_t width = end - column < 8 * kStrip ? end - column : 8 * kStrip;
+      for (int64_t r = row; r < row + some; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column + 16), _MM_HINT_T0);
+      }
       compute(products, column / 8, (width + 7) / 8, row, some, y);
       if (gated) {
         const int64_t first = (half + column) / 8;
         const int64_t wanted = (shift + width + 7) / 8;
         compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up);
       }
-      finish_strip(*out.epilogue, y, gated ? up + shift : nullptr, kLd, half, row, some, column, width, out.data,
+      finish_strip(*out.epilogue, {y, gated ? up + shift : nullptr, kLd, half, row, some, column, width}, out.data,
                    out.stride);
     }
   }
