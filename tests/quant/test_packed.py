@@ -12,7 +12,6 @@ from textmill.kernels import native
 from textmill.quant import ggml, ggml_types
 from textmill.quant.packed import Packed
 
-
 LARGEST = {32: 64}  # Q6_K keeps six bits in eight
 
 

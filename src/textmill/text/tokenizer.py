@@ -49,7 +49,7 @@ class Encoding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ends:
+class Ends:
     """What the files around a tokenizer say about it."""
 
     bos_token: str | None = None
@@ -61,7 +61,7 @@ class _Ends:
 class Tokenizer:
     """One model's tokenizer. `eos_ids` end a generation; `bos_token` and `eos_token` are texts for templates."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, ends: _Ends) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, ends: Ends) -> None:
         self.backend = backend
         self.bos_token = ends.bos_token
         self.eos_token = ends.eos_token
@@ -112,13 +112,13 @@ def _byte_table() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTES = _byte_table()
+BYTES = _byte_table()
 
 
 def _byte_level_bytes(token: str) -> bytes:
     """As the `tokenizers` decoder does it: a token with any other letter (an added one) stands for its own text."""
     try:
-        return bytes(_BYTES[letter] for letter in token)
+        return bytes(BYTES[letter] for letter in token)
     except KeyError:
         return token.encode()
 
@@ -139,7 +139,7 @@ def _from_gguf(file: GgufFile, config: dict[str, Any]) -> Tokenizer:
     metadata = file.metadata
     backend = gguf_tokenizer.build(metadata, file.path)
     template = metadata.get("tokenizer.chat_template")
-    ends = _Ends(
+    ends = Ends(
         bos_token=_token_text(config.get("bos_token")) or gguf_tokenizer.special_token(metadata, "bos", file.path),
         eos_token=_token_text(config.get("eos_token")) or gguf_tokenizer.special_token(metadata, "eos", file.path),
         eos_ids=gguf_eos_ids(file),
@@ -159,7 +159,7 @@ def _from_folder(folder: Path, override: dict[str, Any] | None) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     config = override if override is not None else _json_if_there(folder / "tokenizer_config.json")
-    ends = _Ends(
+    ends = Ends(
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),
         eos_ids=_eos_ids(folder),
@@ -169,7 +169,7 @@ def _from_folder(folder: Path, override: dict[str, Any] | None) -> Tokenizer:
     return Tokenizer(backend, ends)
 
 
-def _set_llama_ends(backend: tokenizers.Tokenizer, config: dict[str, Any], ends: _Ends) -> None:
+def _set_llama_ends(backend: tokenizers.Tokenizer, config: dict[str, Any], ends: Ends) -> None:
     """TGI's rule: files of these classes carry an unreliable post-processor; the config's switches decide."""
     if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return

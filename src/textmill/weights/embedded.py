@@ -165,7 +165,7 @@ def _download(package: Package, folder: Path, progress: Progress) -> Path:
 
 def _pip(package: Package, folder: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    command = [sys.executable, "-c", _PIP, "download", *options, "--progress-bar", "off", "--retries", "2"]
+    command = [sys.executable, "-P", "-c", _PIP, "download", *options, "--progress-bar", "off", "--retries", "2"]
     return subprocess.Popen(
         [*command, "--dest", str(folder), package.requirement],
         stdin=subprocess.DEVNULL,

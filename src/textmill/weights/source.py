@@ -85,11 +85,17 @@ def _from_hub(model_id: str, revision: str | None, cache_dir: str | Path | None)
             wanted = _wanted(model_id, _hub_names(model_id, revision))
             folder = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
         except (OfflineModeIsEnabled, ConnectionError):
-            folder = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, local_files_only=True)
+            names = _cached_names(model_id, revision, cache_dir)
+            cached = None if names is None else _wanted(model_id, names)
+            folder = snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, allow_patterns=cached, local_files_only=True
+            )
     except HFValidationError as error:
         raise ModelError(f"{model_id}: neither a file or folder here nor the name of a hub model") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{model_id}: not in the local cache, and the hub cannot be reached") from error
+        raise ModelError(
+            f"{model_id}: not (or not wholly) in the local cache, and the hub cannot be reached"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{model_id}: cannot be fetched from the hub: {_first_line(error)}") from error
     path = Path(folder)
@@ -111,6 +117,20 @@ def _hub_names(model_id: str, revision: str | None) -> list[str]:
     except Exception as error:  # fault boundary: its HTTP library, and with it their class, changed between releases
         raise ConnectionError(f"the hub cannot be reached: {error}") from error
     return [item.rfilename for item in siblings if "/" not in item.rfilename]
+
+
+def _cached_names(model_id: str, revision: str | None, cache_dir: str | Path | None) -> list[str] | None:
+    """The same from the local cache, so that an interrupted download is noticed; None if it does not know."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:  # the oldest release that we accept keeps no list
+        return None
+    try:
+        found = get_cached_repo_tree(model_id, revision=revision, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        return None
+    return [item.path for item in found if "/" not in item.path]
 
 
 def _wanted(model_id: str, names: list[str]) -> list[str]:
