@@ -76,16 +76,52 @@ def perplexity(executor: Executor, tokens: Sequence[int]) -> float:
     return math.exp(-sum(scores) / len(scores))
 
 
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
 @pytest.fixture(scope="module")
 def oracle(default_model: Path) -> Any:
-    """transformers' own reading of the same file, dequantized to float32."""
-    from transformers import AutoModelForCausalLM
+    """transformers' Llama with the same file's weights, read and dequantized by the gguf package, not by us."""
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        default_model.parent, gguf_file=default_model.name, dtype=torch.float32
+    weights = {}
+    for tensor in gguf.GGUFReader(default_model).tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        parts = tensor.name.removesuffix(".weight").split(".")
+        if parts[0] == "blk":
+            heads = {"attn_q": 9, "attn_k": 3}.get(parts[2])
+            if heads:  # llama.cpp stores rotary pairs side by side, transformers in halves
+                values = values.view(heads, values.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(values.shape)
+            weights[f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"] = values
+        else:
+            weights[{"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[parts[0]]] = values
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
     )
-    loaded.generation_config.eos_token_id = None
-    return loaded.eval()
+    model = LlamaForCausalLM(config).float()
+    assert model.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]
+    model.tie_weights()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,9 @@ def prompt(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def start(chunk: int | None = None, kv_tokens: int = 8192, prefix: bool = True) -> Engine:
-    settings = Settings(max_total_tokens=1024, max_batch_total_tokens=kv_tokens, max_concurrent_requests=32)
+    settings = Settings(
+        max_total_tokens=min(1024, kv_tokens), max_batch_total_tokens=kv_tokens, max_concurrent_requests=32
+    )
     runner, _ = build_runner(settings, resolve(None), lambda *_, **__: None)
     engine = Engine(runner, EngineSettings(max_batch_prefill_tokens=chunk, prefix_caching=prefix))
     engine.start()
