@@ -69,17 +69,17 @@ class Server:
                 return float(line.rpartition(" ")[2])
         raise KeyError(name)
 
-    def children(self, kind: str) -> list[int]:
-        """Process ids of the launcher's children whose command line holds `kind`."""
+    def children(self, command: str = "") -> list[int]:
+        """Process ids of the launcher's children, or of those that run one textmill command."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                    command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 except OSError:
                     continue
-                if int(parent) == self.process.pid and kind in command:
+                if int(parent) == self.process.pid and (not command or command in arguments):
                     found.append(int(entry.name))
         return found
 

@@ -62,11 +62,11 @@ def balanced(server: Server) -> bool:
     return counts["accepted"] == counts["completed"] + counts["failed"] + counts["cancelled"]
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+async def wait_for(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     deadline = time.monotonic() + limit_s
-    while not condition():
+    while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+        await asyncio.sleep(0.05)
 
 
 async def sixteen(server: Server) -> list[tuple[Any, Any]]:
@@ -87,14 +87,14 @@ async def test_a_killed_engine_ends_every_stream_with_an_error_and_comes_back(la
         assert "engine" in last["error"]
         writer.close()
     assert time.monotonic() - killed < 5
-    wait_for(lambda: server.status("/health") == 200)
+    await wait_for(lambda: server.status("/health") == 200)
     status, _, body = server.post(
         "/generate", {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 2}}
     )
     assert (status, body) == (200, {"generated_text": " Paris."})
     assert ledger(server) == {"accepted": 17, "completed": 1, "failed": 16, "cancelled": 0, "rejected": 0}
     os.kill(server.children("serve-engine")[0], signal.SIGKILL)  # once more than allowed
-    wait_for(lambda: server.process.poll() is not None)
+    await wait_for(lambda: server.process.poll() is not None)
     assert server.process.returncode not in (0, None)
     assert "Shard failed" in server.log.read_text().splitlines()[-1]
 
@@ -105,11 +105,11 @@ async def test_disconnected_clients_give_their_blocks_back(launch: Callable[...,
     streams = await sixteen(server)
     for _, writer in streams[::2]:
         writer.transport.abort()
-    wait_for(lambda: ledger(server)["cancelled"] == 8, 5)
+    await wait_for(lambda: ledger(server)["cancelled"] == 8, 5)
     for reader, writer in streams[1::2]:
         assert (await rest(reader))[-1]["generated_text"]
         writer.close()
-    wait_for(lambda: server.metric("textmill_kv_blocks_used") == before, 5)
+    await wait_for(lambda: server.metric("textmill_kv_blocks_used") == before, 5)
     assert ledger(server) == {"accepted": 16, "completed": 8, "failed": 0, "cancelled": 8, "rejected": 0}
 
 
@@ -168,11 +168,11 @@ async def test_sigterm_lets_streams_finish_and_leaves_nothing(launch: Callable[.
     server = launch("--graceful-termination-timeout", "30")
     reader, writer = await opened(server, {"inputs": "Hi", "parameters": {"max_new_tokens": 150}})
     await first_token(reader)
-    children = server.children("textmill")
+    children = server.children()
     server.process.send_signal(signal.SIGTERM)
     assert (await rest(reader))[-1]["generated_text"] is not None
     writer.close()
-    wait_for(lambda: server.process.poll() is not None)
+    await wait_for(lambda: server.process.poll() is not None)
     assert server.process.returncode == 0
     assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
 
@@ -186,16 +186,16 @@ async def test_sigterm_ends_what_takes_too_long_with_a_last_event(launch: Callab
     last = (await asyncio.wait_for(rest(reader), 15))[-1]
     assert "error" in last, last
     writer.close()
-    wait_for(lambda: server.process.poll() is not None)
+    await wait_for(lambda: server.process.poll() is not None)
 
 
 async def test_a_killed_launcher_takes_its_children_along(launch: Callable[..., Server]) -> None:
     server = launch()
-    children = server.children("textmill")
+    children = server.children()
     assert len(children) >= 2
     server.process.kill()
     server.process.wait()
-    wait_for(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")], 10)
+    await wait_for(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")], 10)
     assert server.status("/health") == 0
 
 
