@@ -84,24 +84,40 @@ inline void store_row(const AttentionSpec& spec, const StoreRow& row) {
   for (int64_t i = 0; i < spec.heads * spec.dim(); ++i) row.q[i] *= spec.scale;
 }
 
-// Scores of N query vectors (dim apart) against one group of 16 keys [dim][16]; sums over dim in order.
-template <int N, typename T>
-inline void score_group(const float* q, const T* keys, int64_t dim, float* scores) {
-  f32x8 low[N], high[N];
-  for (int i = 0; i < N; ++i) low[i] = high[i] = splat(0.0f);
+// Vectors in hand for N queries: as many sums in flight as sixteen registers hold beside the operands.
+template <int N>
+constexpr int kAtOnce = N <= 2 ? 4 : N == 3 ? 3 : 2;
+
+// Scores of N query vectors (dim apart) against V times 8 keys; sums over dim in order. `first` counts eights of keys.
+template <int N, int V, typename T>
+inline void score_keys(const float* q, const T* const* groups, int64_t first, int64_t dim, float* scores) {
+  f32x8 acc[N][V];
+  const T* keys[V];
+  for (int v = 0; v < V; ++v) {
+    keys[v] = groups[(first + v) / 2] + (first + v) % 2 * 8;
+    for (int i = 0; i < N; ++i) acc[i][v] = splat(0.0f);
+  }
   for (int64_t d = 0; d < dim; ++d) {
-    const f32x8 k0 = load(keys + d * kKeyLanes), k1 = load(keys + d * kKeyLanes + 8);
+    f32x8 k[V];
+    for (int v = 0; v < V; ++v) k[v] = load(keys[v] + d * kKeyLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < N; ++i) {
       const f32x8 x = splat(q[i * dim + d]);
-      low[i] = fma(k0, x, low[i]);
-      high[i] = fma(k1, x, high[i]);
+      for (int v = 0; v < V; ++v) acc[i][v] = fma(k[v], x, acc[i][v]);
     }
   }
   for (int i = 0; i < N; ++i) {
-    store(scores + i * kKeyTile, low[i]);
-    store(scores + i * kKeyTile + 8, high[i]);
+    for (int v = 0; v < V; ++v) store(scores + i * kKeyTile + (first + v) * 8, acc[i][v]);
   }
+}
+
+// All groups of a tile.
+template <int N, typename T>
+inline void score(const float* q, const T* const* groups, int64_t group_count, int64_t dim, float* scores) {
+  constexpr int V = kAtOnce<N>;
+  int64_t at = 0;
+  for (; at + V <= group_count * 2; at += V) score_keys<N, V>(q, groups, at, dim, scores);
+  for (; at < group_count * 2; ++at) score_keys<N, 1>(q, groups, at, dim, scores);
 }
 
 // out[i] = out[i] * fade[i] + sum over keys, in order, of weights[i][key] * values[key], for 8 * V columns.
@@ -133,7 +149,9 @@ inline void weigh_columns(const float* weights, const T* const* groups, int64_t 
 template <int N, typename T>
 inline void weigh(const float* weights, const T* const* groups, int64_t count, int64_t dim, const float* fade,
                   float* out) {
+  constexpr int V = kAtOnce<N>;
   int64_t column = 0;
+  for (; column + 8 * V <= dim; column += 8 * V) weigh_columns<N, V>(weights, groups, count, dim, column, fade, out);
   for (; column + 16 <= dim; column += 16) weigh_columns<N, 2>(weights, groups, count, dim, column, fade, out);
   if (column < dim) weigh_columns<N, 1>(weights, groups, count, dim, column, fade, out);
 }
@@ -143,17 +161,15 @@ template <typename T>
 inline void score_tile(const float* q, int64_t vectors, const T* const* groups, int64_t group_count, int64_t dim,
                        float* scores) {
   for (int64_t i = 0; i < vectors; i += 6) {
-    for (int64_t g = 0; g < group_count; ++g) {
-      const float* from = q + i * dim;
-      float* to = scores + i * kKeyTile + g * kKeyLanes;
-      switch (vectors - i) {
-        case 1: score_group<1>(from, groups[g], dim, to); break;
-        case 2: score_group<2>(from, groups[g], dim, to); break;
-        case 3: score_group<3>(from, groups[g], dim, to); break;
-        case 4: score_group<4>(from, groups[g], dim, to); break;
-        case 5: score_group<5>(from, groups[g], dim, to); break;
-        default: score_group<6>(from, groups[g], dim, to); break;
-      }
+    const float* from = q + i * dim;
+    float* to = scores + i * kKeyTile;
+    switch (vectors - i) {
+      case 1: score<1>(from, groups, group_count, dim, to); break;
+      case 2: score<2>(from, groups, group_count, dim, to); break;
+      case 3: score<3>(from, groups, group_count, dim, to); break;
+      case 4: score<4>(from, groups, group_count, dim, to); break;
+      case 5: score<5>(from, groups, group_count, dim, to); break;
+      default: score<6>(from, groups, group_count, dim, to); break;
     }
   }
 }
@@ -175,16 +191,20 @@ inline void weigh_tile(const float* weights, int64_t vectors, const T* const* gr
   }
 }
 
-// Turns one query's scores of a tile (first key at `tile`, group_count * 16 of them computed) into weights relative to
-// the running maximum, and returns by how much what was summed before fades.
-inline float soften(const AttentionSpec& spec, float* scores, int64_t group_count, int64_t tile, int64_t position,
-                    int64_t end, float slope, float* running, float* total) {
+// Scores as the model means them: capped, leaning with distance, -Inf where the query may not look. Returns the largest.
+inline float mask(const AttentionSpec& spec, float* scores, int64_t count, int64_t tile, int64_t position, int64_t end,
+                  float slope) {
   const int64_t last = position < end - 1 ? position : end - 1;
   const int64_t first = spec.window > 0 ? position - spec.window + 1 : 0;
+  const bool whole = first <= tile && tile + count - 1 <= last;
   const i32x8 upper = splat(static_cast<int32_t>(last - tile)), lower = splat(static_cast<int32_t>(first - tile));
   const f32x8 cap = splat(spec.softcap), lean = splat(slope);
   f32x8 top = splat(-INFINITY);
-  for (int64_t i = 0; i < group_count * kKeyLanes; i += 8) {
+  if (whole && spec.softcap <= 0 && slope == 0) {
+    for (int64_t i = 0; i < count; i += 8) top = maximum(load(scores + i), top);
+    return largest(top);
+  }
+  for (int64_t i = 0; i < count; i += 8) {
     const i32x8 key = iota(static_cast<int32_t>(i));
     f32x8 s = load(scores + i);
     if (spec.softcap > 0) s = tanh(s / cap) * cap;
@@ -193,18 +213,26 @@ inline float soften(const AttentionSpec& spec, float* scores, int64_t group_coun
     store(scores + i, s);
     top = maximum(s, top);
   }
-  const float before = *running, most = largest(top), now = most > before ? most : before;
+  return largest(top);
+}
+
+// Turns one query's scores of a tile (first key at `tile`, `count` of them computed) into weights relative to the
+// running maximum, and returns by how much what was summed before fades.
+inline float soften(const AttentionSpec& spec, float* scores, int64_t count, int64_t tile, int64_t position, int64_t end,
+                    float slope, float* running, float* total) {
+  const float before = *running, most = mask(spec, scores, count, tile, position, end, slope);
+  const float now = most > before ? most : before;
   f32x8 weight_sum = splat(0.0f);
   if (now == -INFINITY) {  // nothing of this tile is visible, nor was anything before
-    for (int64_t i = 0; i < group_count * kKeyLanes; i += 8) store(scores + i, weight_sum);
+    for (int64_t i = 0; i < count; i += 8) store(scores + i, weight_sum);
     return 1.0f;
   }
-  for (int64_t i = 0; i < group_count * kKeyLanes; i += 8) {
-    const f32x8 w = exp(load(scores + i) - splat(now));
+  for (int64_t i = 0; i < count; i += 8) {
+    const f32x8 w = exp_negative(load(scores + i) - splat(now));
     store(scores + i, w);
     weight_sum += w;
   }
-  const float fade = before == now ? 1.0f : exp(before - now);
+  const float fade = before == now ? 1.0f : exp_negative(splat(before - now))[0];
   *running = now;
   *total = *total * fade + sum(weight_sum);
   return fade;
@@ -265,7 +293,7 @@ inline void attend_range(const AttentionSpec& spec, const AttendTask& task, int6
       score_tile(scratch.q, vectors, at.stored, groups, dim, scratch.scores);
     }
     for (int64_t i = 0; i < vectors; ++i) {
-      scratch.fade[i] = soften(spec, scratch.scores + i * kKeyTile, groups, tile, task.position + i / group, end,
+      scratch.fade[i] = soften(spec, scratch.scores + i * kKeyTile, groups * kKeyLanes, tile, task.position + i / group, end,
                                task.slopes ? task.slopes[i % group] : 0.0f, out.maximum + i, out.sum + i);
     }
     find_groups(spec, task, task.values, tile, groups, many, scratch.tile, &at);
@@ -282,7 +310,7 @@ inline void merge(const Partial& into, const Partial& next, int64_t vectors, int
     const float a = into.maximum[i], b = next.maximum[i];
     if (b == -INFINITY) continue;  // nothing was visible there
     const float now = a > b ? a : b;
-    const float keep = exp(a - now), take = exp(b - now);
+    const float keep = exp_negative(splat(a - now))[0], take = exp_negative(splat(b - now))[0];
     into.maximum[i] = now;
     into.sum[i] = into.sum[i] * keep + next.sum[i] * take;
     float* to = into.values + i * dim;

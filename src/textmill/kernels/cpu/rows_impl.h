@@ -106,12 +106,12 @@ inline double exp_sum(const float* x, int64_t count, float most, float* out) {
     f32x8 s = splat(0.0f);
     int64_t i = begin;
     for (; i + 8 <= end; i += 8) {
-      const f32x8 e = exp(load(x + i) - m);
+      const f32x8 e = exp_negative(load(x + i) - m);
       s += e;
       if (out) store(out + i, e);
     }
     if (i < end) {
-      const f32x8 e = exp(load_part(x + i, end - i, -INFINITY) - m);
+      const f32x8 e = exp_negative(load_part(x + i, end - i, -INFINITY) - m);
       s += e;
       if (out) store_part(out + i, end - i, e);
     }

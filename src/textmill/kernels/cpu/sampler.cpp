@@ -223,7 +223,8 @@ Choice Sampler::choose(float* x, const SamplingParameters& p, const int32_t* tok
   if (p.temperature != 1.0f) {
     for (int64_t i = 0; i < vocabulary_; ++i) x[i] /= p.temperature;
   }
-  if (!vector_kernels().scan(x, vocabulary_, &most)) {  // a tiny temperature can overflow
+  const bool changed = p.temperature != 1.0f || p.repetition_penalty != 1.0f || p.frequency_penalty != 0.0f;
+  if (changed && !vector_kernels().scan(x, vocabulary_, &most)) {  // a tiny temperature can overflow
     choice.error = ChoiceError::kBadParameters;
     return choice;
   }
