@@ -1,5 +1,6 @@
 // The public functions of matmul.h: builds weights, and picks the instruction set once, at run time.
 // Compile flags: -O3 -ffp-contract=off
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include <stdexcept>
 
 #include "matmul_impl.h"
+#include "threads.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -150,7 +152,15 @@ std::unique_ptr<Weight> make_packed_weight(const uint8_t* codes, const float* sc
   view.half_floats = all_halves(scales, count) && (!offsets || all_halves(offsets, count));
   const size_t bytes = static_cast<size_t>(lay_out(&view, group));
   auto weight = std::make_unique<PackedWeight>(view, bytes);
-  pack_blocks(view, codes, scales, offsets, group, weight->data());
+  const int64_t groups = k / group;
+  constexpr int64_t kAtOnce = 16 * kColumnBlock;
+  parallel_for((n + kAtOnce - 1) / kAtOnce, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kAtOnce;
+    PackedView part = view;
+    part.n = std::min(n, end * kAtOnce) - first;
+    pack_blocks(part, codes + first * k, scales + first * groups, offsets ? offsets + first * groups : nullptr, group,
+                weight->data() + first / kColumnBlock * view.block_bytes);
+  });
   return weight;
 }
 

@@ -86,13 +86,27 @@ int64_t code_position(const PackedView& view, int64_t i, int64_t lane, int* shif
   return i / kChunk * view.code_bytes + vector * kQuadBytes + lane * 4 + i % 4;
 }
 
+// The codes of a column go in by quads: a quad's four bytes are neighbours on both sides.
+void pack_codes(const PackedView& view, const uint8_t* codes, int64_t lane, uint8_t* block) {
+  const auto quad = [&](int64_t i) {
+    uint32_t four = 0;
+    if (i < view.k) std::memcpy(&four, codes + i, 4);  // k is a multiple of 16: the last chunk may be half empty
+    return four;
+  };
+  for (int64_t chunk = 0; chunk < view.chunks; ++chunk) {
+    uint8_t* to = block + chunk * view.code_bytes + lane * 4;
+    const int64_t first = chunk * kChunk;
+    for (int64_t q = 0; q < (view.bits == 4 ? 4 : 8); ++q) {
+      uint32_t four = quad(first + q * 4);
+      if (view.bits == 4) four = (four & 0x0f0f0f0fu) | (quad(first + 16 + q * 4) & 0x0f0f0f0fu) << 4;
+      std::memcpy(to + q * kQuadBytes, &four, 4);
+    }
+  }
+}
+
 void pack_column(const PackedView& view, const uint8_t* codes, const float* scales, const float* offsets, int64_t group,
                  int64_t lane, uint8_t* block) {
-  for (int64_t i = 0; i < view.k; ++i) {
-    int shift;
-    uint8_t* at = block + code_position(view, i, lane, &shift);
-    *at = static_cast<uint8_t>(*at | (view.bits == 4 ? (codes[i] & 15) << shift : codes[i]));
-  }
+  pack_codes(view, codes, lane, block);
   for (int64_t g = 0; g < view.k / group; ++g) {
     uint8_t* set = block + view.scales_at + g * view.set_bytes;
     put_scale(view, set, lane, scales[g]);

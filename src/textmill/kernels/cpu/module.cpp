@@ -259,6 +259,7 @@ bool set_instruction_set(const std::string& name) {
 
 NB_MODULE(_native, m) {
   using namespace textmill;
+  nb::set_leak_warnings(false);  // a model lives until the process ends
   m.doc() = "textmill's CPU kernels and runtime";
   m.def("instruction_set", [] { return std::string(matmul_instruction_set()); });
   m.def("set_instruction_set", &set_instruction_set);
