@@ -20,7 +20,9 @@ namespace {
 constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
 constexpr int64_t kLd = 8 * (kStrip + 1);  // floats between rows of a strip's results; one block more for [up] columns
 constexpr int64_t kMaxRows = 120;          // rows computed before the next strip
-constexpr int64_t kDirectRows = 12;        // up to so many rows use the packed codes directly, without a panel
+constexpr int64_t kDirectRows = 24;        // up to so many rows use the packed codes directly, without a panel
+constexpr int64_t kLeastAhead = 8 << 10;   // bytes fetched ahead of direct tiles
+constexpr int64_t kLargeBlock = 16 << 10;  // bytes
 constexpr int64_t kDensePanel = 256;       // inputs of a dense strip kept in the first-level cache
 
 constexpr int planes(int bits) { return bits == 8 && Isa::kSplitBytes ? 2 : 1; }
@@ -43,7 +45,7 @@ struct Tile {
   int64_t x_stride;          // bytes between rows
   int64_t chunks;
   float* y;          // read, added to and written; kLd floats between rows
-  int64_t prefetch;  // bytes ahead; direct tiles only
+  int64_t ahead;  // bytes to what is fetched meanwhile, 0: nothing; direct tiles only
 };
 
 // Vector of quad `q` of a chunk; plane 1 is the high halves of 8-bit codes.
@@ -195,31 +197,33 @@ void run_panel_tile(const Tile& tile) {
   }
 }
 
-// The lines that one chunk takes, `ahead` bytes on.
-template <int C, int kBits>
-TEXTMILL_INLINE void prefetch_chunk(const uint8_t* const* codes, const uint8_t* const* sets, int64_t ahead) {
-#pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
-    for (int line = 0; line < kBits / 2; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes[c] + ahead + 64 * line), _MM_HINT_T0);
-    }
-    _mm_prefetch(reinterpret_cast<const char*>(sets[c] + ahead), _MM_HINT_T0);
+// Fetches memory ahead of a tile line by line, in one sequence through codes and scales whatever the order of their use:
+// the hardware follows that with its own fetches, and only so the whole bandwidth of the memory is had.
+struct Ahead {
+  const char* at;
+  const char* until;
+
+  TEXTMILL_INLINE void fetch(int64_t bytes) {
+    until += bytes;
+    for (; at < until; at += 64) _mm_prefetch(at, _MM_HINT_T1);
   }
-}
+};
 
 template <int R, int C, int kBits, bool kHalf>
 void run_direct_tile(const Tile& tile) {
   const PackedView& w = *tile.w;
   const Fixed fixed = fix(tile);
-  const int64_t set_bytes = w.set_bytes, chunks_per_set = w.chunks_per_group, ahead = tile.prefetch;
+  const int64_t set_bytes = w.set_bytes, chunks_per_set = w.chunks_per_group;
+  const int64_t fetched_a_chunk = tile.ahead ? C * w.block_bytes / w.chunks : 0;
+  const char* from = reinterpret_cast<const char*>(tile.blocks[0]) + tile.ahead;
+  Ahead ahead = {from, from};
   const uint8_t* codes[2] = {tile.blocks[0], tile.blocks[C - 1]};
   const uint8_t* sets[2] = {tile.blocks[0] + w.scales_at, tile.blocks[C - 1] + w.scales_at};
   const uint8_t *record = tile.x, *records[R];
   int64_t left_in_set = chunks_per_set;
   for (int64_t left = tile.chunks; left > 0; --left) {
     find_records<R>(record, tile.x_stride, records);
-    if (ahead) prefetch_chunk<C, kBits>(codes, sets, ahead);
+    ahead.fetch(fetched_a_chunk);
     run_unit<R, C, kBits, kHalf, true, 0>(fixed, codes, records, sets);
     if (kHalf) {
       for (int c = 0; c < C; ++c) sets[c] += set_bytes;
@@ -274,8 +278,11 @@ void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int6
                   uint8_t* sets) {
   constexpr int P = planes(kBits);
   const int64_t step = panel_step(static_cast<int>(blocks), kBits, w.half_groups);
-  const int64_t parts = units(w.half_groups);
+  const int64_t parts = units(w.half_groups), fetched_a_chunk = w.block_bytes / w.chunks;
+  const char* next = reinterpret_cast<const char*>(block) + blocks * w.block_bytes + first * fetched_a_chunk;
+  Ahead ahead = {next, next};
   for (int64_t i = 0; i < count; ++i) {
+    ahead.fetch(fetched_a_chunk);
     const uint8_t* from = block + (first + i) * w.code_bytes;
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
@@ -305,7 +312,8 @@ struct PackedProducts {
     const int64_t most = planes(w.bits) == 2 ? 1 : 2;
     const bool few = rows <= kDirectRows;
     for (int64_t b = 0; b < count;) {
-      const int64_t limit = few && rows <= 2 ? 2 : most;
+      int64_t limit = few && rows <= 2 ? 2 : most;
+      if (rows == 1 && w.block_bytes > kLargeBlock) limit = 1;  // one stream of memory, not two
       const int64_t width = count - b < limit ? count - b : limit;
       if (few) {
         direct(block + b, width, row, rows, y + b * 8);
@@ -322,7 +330,7 @@ struct PackedProducts {
     tile.x_stride = w.chunks * kRecordBytes;
     tile.x = x + row * tile.x_stride + chunk * kRecordBytes;
     tile.y = y;
-    tile.prefetch = 0;
+    tile.ahead = 0;
     return tile;
   }
 
@@ -333,7 +341,7 @@ struct PackedProducts {
       table.of[some - 1][width - 1](tile);
       tile.x += some * tile.x_stride;
       tile.y += some * kLd;
-      tile.prefetch = 0;
+      tile.ahead = 0;
       rows -= some;
     }
   }
@@ -343,7 +351,7 @@ struct PackedProducts {
     tile.blocks[0] = w.data + block * w.block_bytes;
     tile.blocks[1] = tile.blocks[0] + w.block_bytes;
     tile.chunks = w.chunks;
-    tile.prefetch = 2 * w.block_bytes;
+    tile.ahead = width * w.block_bytes < kLeastAhead ? kLeastAhead : width * w.block_bytes;
     run(direct_tiles(w), tile, width, rows);
   }
 
