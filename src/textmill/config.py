@@ -136,6 +136,9 @@ class Settings:
         None, BATCHING, "Sequences that run at once.", minimum=1, default_help="chosen for the machine"
     )
     prefix_caching: bool = setting(True, BATCHING, "Reuse the KV cache of shared prefixes.")
+    prefill_pacing: bool = setting(
+        True, BATCHING, "Compute prompts in small chunks beside running streams, so that these hardly pause."
+    )
 
     huggingface_hub_cache: str | None = setting(
         None, MODEL, "Folder of the hub's cache.", default_help="huggingface_hub's own"

@@ -115,7 +115,10 @@ def random_driver(dice: random.Random) -> Driver:
         prefix_caching=dice.random() < 0.8,
         steps_ahead=dice.choice([0, 1, 1, 2]),
     )
-    return Driver(its_limits, its_settings)
+    driver = Driver(its_limits, its_settings)
+    if dice.random() < 0.5:  # measurements without sense: pacing may slow prompts down, never change or starve them
+        driver.runner.clock = lambda step: 10 ** dice.uniform(-6, 2)
+    return driver
 
 
 def random_arrival(driver: Driver, dice: random.Random) -> None:

@@ -66,6 +66,7 @@ def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
         max_total_tokens=info.max_total_tokens,
         max_batch_size=handed.settings.max_batch_size,
         prefix_caching=handed.settings.prefix_caching,
+        prefill_pacing=handed.settings.prefill_pacing,
     )
     return Engine(runner, settings), info
 

@@ -22,6 +22,7 @@ from textmill.core import (
     TokenChoice,
 )
 from textmill.engine.blocks import BlockPool, IntegrityError
+from textmill.engine.pacing import Pacing
 from textmill.engine.prefix import PrefixCache
 from textmill.engine.sequence import Sequence, State
 from textmill.engine.stats import Counters
@@ -35,7 +36,8 @@ class EngineSettings:
     """How the engine uses its runner. None: as much as the runner can.
 
     `max_batch_prefill_tokens` bounds the tokens of one step, `prefill_tokens_beside_decode` those of prompts in a
-    step that also decodes (None: no further bound). `steps_ahead` is how many steps are launched
+    step that also decodes (None: no further bound); `prefill_pacing` adds a bound that is learned, so that running
+    streams hardly feel a prompt arrive. `steps_ahead` is how many steps are launched
     while one runs: 1 keeps the runner busy, 0 plans each step with all that is known.
     """
 
@@ -43,6 +45,7 @@ class EngineSettings:
     max_total_tokens: int | None = None
     max_batch_size: int | None = None
     prefill_tokens_beside_decode: int | None = None
+    prefill_pacing: bool = True
     prefix_caching: bool = True
     steps_ahead: int = 1
 
@@ -65,6 +68,7 @@ class Plan:
     admissions: list[Admission] = field(default_factory=list)
     blocks: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
     tokens: int = 0
+    decode_tokens: int = 0
     prefill: bool = False
     preempted: bool = False
     launched_ns: int = 0
@@ -82,6 +86,7 @@ class Scheduler:
         self._block_size = limits.block_size
         self._budget = min(settings.max_batch_prefill_tokens or limits.max_step_tokens, limits.max_step_tokens)
         self._beside_decode = settings.prefill_tokens_beside_decode
+        self._pacing = Pacing() if settings.prefill_pacing else None
         # Never more sequences than a step has tokens: then each can have one in every step.
         self._slots = min(limits.max_slots, limits.max_step_tokens, settings.max_batch_size or limits.max_slots)
         self._free_slots = list(range(self._slots - 1, -1, -1))
@@ -118,6 +123,8 @@ class Scheduler:
         # A step launched ahead of its turn began when the one before it was done.
         self._counters.step_done(result.seconds, (now - max(plan.launched_ns, self._done_ns)) * 1e-9, plan.prefill)
         self._done_ns = now
+        if self._pacing is not None:
+            self._pacing.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, result.seconds)
         events: list[Event] = []
         for row, sampled in zip(plan.rows, result.sampled, strict=True):
             emission = self._settle(row, sampled)
@@ -175,11 +182,8 @@ class Scheduler:
         return True
 
     def _plan_prefills(self, plan: Plan) -> None:
-        decodes = len(plan.rows)
-        budget = self._budget - decodes
-        if decodes and self._beside_decode is not None:
-            budget = min(budget, self._beside_decode)
-        budget = max(budget, 1)  # so that prompts get on even beside more decodes than the budget
+        plan.decode_tokens = plan.tokens
+        budget = self._prompt_budget(plan)
         for sequence in tuple(self.running):
             if budget > 0 and sequence.last_step != plan.number and sequence.planned_length < sequence.limit:
                 budget -= self._plan_chunk(plan, sequence, budget)
@@ -188,6 +192,19 @@ class Scheduler:
             if not taken:
                 break  # the head of the line is served first, or nobody
             budget -= taken
+
+    def _prompt_budget(self, plan: Plan) -> int:
+        """Prompt tokens that the step may compute beside the decodes planned already."""
+        decoding = len(plan.rows)
+        bounds = [self._budget - plan.decode_tokens]
+        if decoding and self._beside_decode is not None:
+            bounds.append(self._beside_decode)
+        if decoding and self._pacing is not None and (len(self.running) > decoding or self.waiting):
+            everybody = (*self.running, *self.waiting)
+            newcomers = sum(not one.started and one.last_step != plan.number for one in everybody)
+            paced = self._pacing.allowance(plan.decode_tokens, decoding, newcomers)
+            bounds += () if paced is None else (paced,)
+        return max(1, min(bounds))  # prompts get on even beside more decodes than the budget
 
     def _plan_chunk(self, plan: Plan, sequence: Sequence, budget: int) -> int:
         """The next chunk of a running sequence's prompt, as long as budget and blocks allow; tokens planned."""

@@ -1,0 +1,105 @@
+"""Prompts beside running streams: what is learned from steps, and how many prompt tokens that allows."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from driver import Driver
+from hypothesis import given
+from scripted import limits
+
+from textmill.core import Step
+from textmill.engine.pacing import FEWEST, STRETCH, Pacing
+from textmill.engine.scheduler import EngineSettings
+
+TOKEN = 0.001  # seconds of a prompt token
+QUIET = 0.020  # seconds of a step without prompts
+
+
+def taught(quiet: float = QUIET, token: float = TOKEN) -> Pacing:
+    pacing = Pacing()
+    pacing.observe(8, 0, quiet)
+    pacing.observe(8, 100, quiet + 100 * token)
+    return pacing
+
+
+def test_a_step_stretches_to_its_bound() -> None:
+    assert taught().allowance(8, 8, 1) == pytest.approx((STRETCH - 1) * QUIET / TOKEN, abs=1)
+
+
+def test_nothing_is_bounded_before_both_costs_are_known() -> None:
+    pacing = Pacing()
+    assert pacing.allowance(8, 8, 1) is None
+    pacing.observe(0, 100, 0.1)
+    assert pacing.allowance(8, 8, 1) is None
+    pacing.observe(8, 0, QUIET)
+    assert pacing.allowance(8, 8, 1) is not None
+
+
+def test_nothing_is_bounded_while_nobody_decodes() -> None:
+    assert taught().allowance(0, 0, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("decoding", "newcomers", "bounded"), [(1, 1, True), (4, 4, False), (8, 7, True), (2, 9, False)]
+)
+def test_a_burst_of_newcomers_goes_first(decoding: int, newcomers: int, bounded: bool) -> None:
+    assert (taught().allowance(decoding, decoding, newcomers) is not None) is bounded
+
+
+def test_averages_follow_and_hiccups_hardly_count() -> None:
+    pacing = taught()
+    before = pacing.allowance(8, 8, 1)
+    pacing.observe(8, 0, 1000.0)
+    assert pacing.quiet_seconds(8) < 2 * QUIET
+    for _ in range(30):
+        pacing.observe(8, 0, QUIET)
+        pacing.observe(8, 50, QUIET + 50 * 2 * TOKEN)
+    after = pacing.allowance(8, 8, 1)
+    assert before is not None
+    assert after == pytest.approx(before / 2, abs=1)
+
+
+def test_counts_not_seen_yet_borrow_from_the_nearest() -> None:
+    pacing = Pacing()
+    pacing.observe(2, 0, 0.010)
+    pacing.observe(8, 0, 0.020)
+    assert pacing.quiet_seconds(7) == 0.020
+    assert pacing.quiet_seconds(3) == 0.010
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99), st.floats(0, 1e6)), max_size=20))
+def test_a_prompt_always_gets_on(steps: list[tuple[int, int, float]]) -> None:
+    pacing = Pacing()
+    for decode_tokens, prompt_tokens, seconds in steps:
+        pacing.observe(decode_tokens, prompt_tokens, seconds)
+    allowed = pacing.allowance(4, 4, 1)
+    assert allowed is None or allowed >= FEWEST
+
+
+def seconds_of(step: Step) -> float:
+    """A machine on which every step takes 20 ms and every prompt token another one."""
+    return QUIET + TOKEN * sum(work.count for work in step.work if work.count > 1)
+
+
+def longest_prompt_step(pacing: bool) -> int:
+    """Eight streams decode, then a long prompt arrives: the most tokens of it in one step."""
+    settings = EngineSettings(prefill_pacing=pacing)
+    driver = Driver(limits(num_blocks=512, max_slots=16, max_step_tokens=256, max_total_tokens=1024), settings)
+    driver.runner.clock = seconds_of
+    for number in range(8):
+        driver.arrive(range(number, number + 30), 60)
+    for _ in range(10):
+        driver.turn()
+    seen = len(driver.runner.steps)
+    driver.arrive([i % 50 for i in range(400)], 5)
+    driver.finish()
+    return max(work.count for step in driver.runner.steps[seen:] for work in step.work)
+
+
+def test_running_streams_hardly_feel_a_long_prompt() -> None:
+    assert longest_prompt_step(pacing=True) == pytest.approx((STRETCH - 1) * QUIET / TOKEN, abs=2)
+
+
+def test_pacing_can_be_turned_off() -> None:
+    assert longest_prompt_step(pacing=False) == 256 - 8
