@@ -1,0 +1,264 @@
+// Tiles of packed products on x86: a few rows times one or two blocks of 8 columns, over a range of chunks.
+// Included by matmul_x86.h only (see there).
+#pragma once
+
+#include <immintrin.h>
+
+#include "matmul_impl.h"
+
+namespace textmill {
+namespace matmul_detail {
+namespace {
+
+#define TEXTMILL_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
+constexpr int64_t kLd = 8 * (kStrip + 1);  // floats between rows of a strip's results; one block more for [up] columns
+
+constexpr int planes(int bits) { return bits == 8 && Isa::kSplitBytes ? 2 : 1; }
+constexpr int units(bool half) { return half ? 2 : 1; }  // float steps a chunk
+
+// A panel is what tiles of many rows read instead of the packed blocks: for each chunk the expanded codes of C blocks (256
+// bytes a plane), then for each unit and block 8 scales and 8 offsets in 32 bits.
+constexpr int64_t panel_step(int blocks, int bits, bool half) {
+  return blocks * (planes(bits) * 256 + units(half) * 64);
+}
+constexpr int64_t kPanelBytes = 16 << 10;
+
+// A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
+struct Tile {
+  const PackedView* w;
+  const uint8_t* blocks[2];  // packed blocks, or in [0] the panel
+  const uint8_t* x;          // the first row's first record
+  int64_t x_stride;          // bytes between rows
+  int64_t chunks;
+  float* y;          // read, added to and written; kLd floats between rows
+  int64_t ahead;  // bytes to what is fetched meanwhile, 0: nothing; direct tiles only
+};
+
+// Vector of quad `q` of a chunk; plane 1 is the high halves of 8-bit codes.
+template <int kBits, bool kDirect>
+TEXTMILL_INLINE __m256i load_quad(const uint8_t* codes, int q, int plane) {
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  if (!kDirect) return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + plane * 256 + q * kQuadBytes));
+  const int vector = kBits == 4 ? q % 4 : q;
+  const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + vector * kQuadBytes));
+  if (kBits == 8 && planes(kBits) == 1) return bytes;
+  const bool high = kBits == 4 ? q >= 4 : plane == 1;
+  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, low_bits);
+}
+
+TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index) {
+  if (full) return _mm256_load_ps(reinterpret_cast<const float*>(set) + index * 8);
+  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
+}
+
+// The integer dots of quads [kFirst, kFirst + kCount) of one chunk.
+template <int R, int C, int kBits, bool kDirect, int kFirst, int kCount>
+TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* const* records, __m256i dots[R][C]) {
+  constexpr int P = planes(kBits);
+  __m256i sums[R][C][P];
+#pragma GCC unroll 8
+  for (int q = kFirst; q < kFirst + kCount; ++q) {
+    __m256i code[C][P];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) code[c][p] = load_quad<kBits, kDirect>(codes[c], q, p);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, records[r] + q * 4, 4);
+      const __m256i a = _mm256_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          sums[r][c][p] = q == kFirst ? Isa::first(code[c][p], a) : Isa::step(sums[r][c][p], code[c][p], a);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      dots[r][c] = P == 1 ? Isa::finish(sums[r][c][0]) : Isa::finish_halves(sums[r][c][0], sums[r][c][P - 1]);
+    }
+  }
+}
+
+// What of a tile stays the same over its chunks; in registers, since stores to y might alias the tile itself.
+struct Fixed {
+  float* y;
+  __m256 zero;
+  bool has_zero;
+  bool has_offsets;
+  bool half_floats;
+};
+
+// y += s * (scale * (dot - zero * sum) + offset * sum) for every row and block of the tile; see matmul_impl.h.
+template <int R, int C, bool kZero, bool kOffsets>
+TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* records, int sum_index, const __m256i dots[R][C],
+                              const __m256* scale, const __m256* offset) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* tail = reinterpret_cast<const float*>(records[r] + kRecordScale);
+    const __m256 s = _mm256_broadcast_ss(tail);
+    const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      __m256 t = _mm256_cvtepi32_ps(dots[r][c]);
+      if (kZero) t = _mm256_fnmadd_ps(fixed.zero, sum, t);
+      t = _mm256_mul_ps(t, scale[c]);
+      if (kOffsets) t = _mm256_fmadd_ps(offset[c], sum, t);
+      float* at = fixed.y + r * kLd + c * 8;
+      _mm256_store_ps(at, _mm256_fmadd_ps(s, t, _mm256_load_ps(at)));
+    }
+  }
+}
+
+// One unit; codes and sets point to it in each block.
+template <int R, int C, int kBits, bool kHalf, bool kDirect, int kPart>
+TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
+                              const uint8_t* const* records, const uint8_t* const* sets) {
+  constexpr int kFirst = kHalf ? 4 * kPart : 0;
+  constexpr int kSum = kHalf ? 1 + kPart : 0;
+  __m256i dots[R][C];
+  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, records, dots);
+  __m256 scale[C], offset[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    scale[c] = load_scales(!kDirect || !fixed.half_floats, sets[c], 0);
+    offset[c] = fixed.has_offsets ? load_scales(!kDirect || !fixed.half_floats, sets[c], 1) : _mm256_setzero_ps();
+  }
+  if (fixed.has_offsets) {
+    if (fixed.has_zero) {
+      add_unit<R, C, true, true>(fixed, records, kSum, dots, scale, offset);
+    } else {
+      add_unit<R, C, false, true>(fixed, records, kSum, dots, scale, offset);
+    }
+  } else if (fixed.has_zero) {
+    add_unit<R, C, true, false>(fixed, records, kSum, dots, scale, offset);
+  } else {
+    add_unit<R, C, false, false>(fixed, records, kSum, dots, scale, offset);
+  }
+}
+
+inline Fixed fix(const Tile& tile) {
+  const PackedView& w = *tile.w;
+  return {tile.y, _mm256_set1_ps(static_cast<float>(w.zero)), w.zero != 0, w.has_offsets, w.half_floats};
+}
+
+// Pointers to the records of R rows. GCC must not see how they hang together, or it keeps a pointer for each address that
+// it can foresee, and results in registers that the sums need.
+template <int R>
+TEXTMILL_INLINE void find_records(const uint8_t* first, int64_t stride, const uint8_t** records) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    asm volatile("" : "+r"(first) : : "memory");
+    records[r] = first;
+    first += stride;
+  }
+}
+
+template <int R, int C, int kBits, bool kHalf>
+void run_panel_tile(const Tile& tile) {
+  constexpr int64_t kCodes = planes(kBits) * 256;
+  const Fixed fixed = fix(tile);
+  const uint8_t* at = tile.blocks[0];
+  const uint8_t *record = tile.x, *records[R];
+  for (int64_t left = tile.chunks; left > 0; --left) {
+    asm("" : "+r"(at));
+    find_records<R>(record, tile.x_stride, records);
+    const uint8_t *codes[C], *sets[C], *second[C];
+    for (int c = 0; c < C; ++c) {
+      codes[c] = at + c * kCodes;
+      sets[c] = at + C * kCodes + c * 64;
+      second[c] = sets[c] + C * 64;
+    }
+    run_unit<R, C, kBits, kHalf, false, 0>(fixed, codes, records, sets);
+    if (kHalf) run_unit<R, C, kBits, kHalf, false, 1>(fixed, codes, records, second);
+    at += panel_step(C, kBits, kHalf);
+    record += kRecordBytes;
+  }
+}
+
+// Fetches memory ahead of a tile line by line, in one sequence through codes and scales whatever the order of their use:
+// the hardware follows that with its own fetches, and only so the whole bandwidth of the memory is had.
+struct Ahead {
+  const char* at;
+  const char* until;
+
+  TEXTMILL_INLINE void fetch(int64_t bytes) {
+    until += bytes;
+    for (; at < until; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
+template <int R, int C, int kBits, bool kHalf>
+void run_direct_tile(const Tile& tile) {
+  const PackedView& w = *tile.w;
+  const Fixed fixed = fix(tile);
+  const int64_t set_bytes = w.set_bytes, chunks_per_set = w.chunks_per_group;
+  const int64_t fetched_a_chunk = tile.ahead ? C * w.block_bytes / w.chunks : 0;
+  const char* from = reinterpret_cast<const char*>(tile.blocks[0]) + tile.ahead;
+  Ahead ahead = {from, from};
+  const uint8_t* codes[2] = {tile.blocks[0], tile.blocks[C - 1]};
+  const uint8_t* sets[2] = {tile.blocks[0] + w.scales_at, tile.blocks[C - 1] + w.scales_at};
+  const uint8_t *record = tile.x, *records[R];
+  int64_t left_in_set = chunks_per_set;
+  for (int64_t left = tile.chunks; left > 0; --left) {
+    find_records<R>(record, tile.x_stride, records);
+    ahead.fetch(fetched_a_chunk);
+    run_unit<R, C, kBits, kHalf, true, 0>(fixed, codes, records, sets);
+    if (kHalf) {
+      for (int c = 0; c < C; ++c) sets[c] += set_bytes;
+      run_unit<R, C, kBits, kHalf, true, 1>(fixed, codes, records, sets);
+    }
+    const bool next_set = --left_in_set == 0;
+    if (next_set) left_in_set = chunks_per_set;
+    for (int c = 0; c < C; ++c) {
+      codes[c] += kChunk * kColumnBlock * kBits / 8;
+      if (next_set) sets[c] += set_bytes;
+    }
+    record += kRecordBytes;
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+constexpr int64_t kTileRows = 6;
+
+// Tiles of 1..6 rows and 1 or 2 blocks.
+struct TileTable {
+  TileFunction of[kTileRows][2];
+};
+
+#define TEXTMILL_TILES(run, R) {run<R, 1, kBits, kHalf>, run<R, 2, kBits, kHalf>}
+#define TEXTMILL_ALL_TILES(run)                                                                \
+  {                                                                                            \
+    {                                                                                          \
+      TEXTMILL_TILES(run, 1), TEXTMILL_TILES(run, 2), TEXTMILL_TILES(run, 3),                  \
+          TEXTMILL_TILES(run, 4), TEXTMILL_TILES(run, 5), TEXTMILL_TILES(run, 6),              \
+    }                                                                                          \
+  }
+template <int kBits, bool kHalf>
+constexpr TileTable kPanelTiles = TEXTMILL_ALL_TILES(run_panel_tile);
+template <int kBits, bool kHalf>
+constexpr TileTable kDirectTiles = TEXTMILL_ALL_TILES(run_direct_tile);
+
+const TileTable& panel_tiles(const PackedView& w) {
+  if (w.bits == 4) return w.half_groups ? kPanelTiles<4, true> : kPanelTiles<4, false>;
+  return w.half_groups ? kPanelTiles<8, true> : kPanelTiles<8, false>;
+}
+
+const TileTable& direct_tiles(const PackedView& w) {
+  if (w.bits == 4) return w.half_groups ? kDirectTiles<4, true> : kDirectTiles<4, false>;
+  return w.half_groups ? kDirectTiles<8, true> : kDirectTiles<8, false>;
+}
+
+}  // namespace
+}  // namespace matmul_detail
+}  // namespace textmill
