@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from textmill.core import Admission, Sampling, SlotWork, Step
+from textmill.core import Admission, Emission, Finish, Request, RunnerLimits, Sampling, SlotWork, Step
+from textmill.engine.engine import Engine
+from textmill.engine.scheduler import EngineSettings
 from textmill.kernels.dispatch import native_available
 from textmill.kernels.native import Program
 from textmill.models.registry import build_model
 from textmill.runner.native_executor import NativeExecutor
-from textmill.runner.runner import Executor
+from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import open_checkpoint
@@ -46,10 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 EXECUTORS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native_available(), reason="not built"))]
 
 
-def executor_for(folder: Path, kind: str) -> Executor:
+def executor_for(folder: Path, kind: str, blocks: int = SLOTS * TOTAL // BLOCK) -> Executor:
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint.config, View(checkpoint))
-    blocks = SLOTS * TOTAL // BLOCK
     if kind == "torch":
         return TorchExecutor(model, SLOTS, TOTAL, BLOCK, blocks)
     program = Program(
@@ -139,3 +141,39 @@ def test_greedy_tokens(tiny_llama: Callable[..., Path], kind: str, neighbours: i
     prompts = [prompt_of(5 + 9 * i, i) for i in range(neighbours)]
     expected = [oracle_tokens(model, prompt, 64) for prompt in prompts]
     assert greedy(executor_for(folder, kind), prompts, 64, chunk) == expected
+
+
+def served(executor: Executor, blocks: int, prompts: Sequence[Sequence[int]], steps: int) -> tuple[Any, Engine]:
+    """Greedy tokens of all prompts through the whole engine, in chunks of at most 24 tokens."""
+    limits = RunnerLimits(BLOCK, blocks, SLOTS, 512, TOTAL, 320)
+    engine = Engine(LocalRunner(executor, limits), EngineSettings(max_batch_prefill_tokens=24))
+    engine.start()
+    tokens: list[list[int]] = [[] for _ in prompts]
+    done = threading.Semaphore(0)
+
+    def sink(_step: int, emissions: Sequence[Emission]) -> None:
+        for one in emissions:
+            tokens[one.request_id] += [token.id for token in one.tokens]
+            if one.finish is not Finish.NONE:
+                done.release()
+
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(number, tuple(prompt), steps), sink)
+    assert all(done.acquire(timeout=100) for _ in prompts)
+    return tokens, engine
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_greedy_tokens_with_preemptions_and_cached_prefixes(tiny_llama: Callable[..., Path], kind: str) -> None:
+    folder = tiny_llama()
+    model = oracle(folder)
+    shared = prompt_of(40, 99)
+    prompts = [shared[: 16 * (i % 3)] + prompt_of(6 + 5 * i, i) for i in range(8)]
+    expected = [oracle_tokens(model, prompt, 64) for prompt in prompts]
+    blocks = 22  # half of what these eight would need at once
+    tokens, engine = served(executor_for(folder, kind, blocks), blocks, prompts, 64)
+    assert tokens == expected
+    stats = engine.stats()
+    assert stats["preemptions"] > 0
+    assert stats["prefix_hit_tokens"] > 0
+    engine.stop()
