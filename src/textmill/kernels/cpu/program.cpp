@@ -13,12 +13,13 @@ namespace {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// A tile of quantized rows should stay in a core's second-level cache while all columns pass over it.
-constexpr int64_t kTileBytes = 160 * 1024;
+// A tile of quantized rows should stay in a core's first cache while the columns of a chunk pass over it; but it must be
+// high enough for each column's codes to be worth unpacking.
+constexpr int64_t kTileBytes = 40 * 1024;
 
 int64_t rows_of_tile(int64_t k) {
   const int64_t rows = kTileBytes / static_cast<int64_t>(quantized_bytes(1, k));
-  return std::clamp<int64_t>(rows / 16 * 16, 16, 256);
+  return std::clamp<int64_t>(rows / 12 * 12, 24, 240);
 }
 
 bool works_by_row(OpKind kind) { return kind != OpKind::kMatmul && kind != OpKind::kAttention; }
@@ -345,7 +346,8 @@ void Program::reset_profile() {
   for (size_t i = 0; i < ops_.size(); ++i) {
     profiles_[i].name = kNames[static_cast<int>(ops_[i].kind)];
     if (ops_[i].kind == OpKind::kMatmul) {
-      profiles_[i].name += " " + std::to_string(ops_[i].matrix->n) + "x" + std::to_string(ops_[i].matrix->k);
+      const Weight& matrix = *ops_[i].matrix;
+      profiles_[i].name.append(" ").append(std::to_string(matrix.n)).append("x").append(std::to_string(matrix.k));
     }
   }
   profiles_.back().name = "sample";

@@ -9,9 +9,12 @@ namespace {
 
 // A chunk of rows should take a few microseconds, far more than handing it out.
 constexpr int64_t kChunkFloats = 12 * 1024;
-// A chunk of a product takes as long as so many multiply-adds or so many bytes of weights, whichever is more.
-constexpr int64_t kChunkMacs = 320 * 1024;
-constexpr int64_t kChunkBytes = 56 * 1024;
+// A chunk of a product takes at least as long as so many multiply-adds or so many bytes of weights, whichever is more...
+constexpr int64_t kLeastMacs = 320 * 1024;
+constexpr int64_t kLeastBytes = 56 * 1024;
+// ... and is not larger than this, which keeps its weights in a core's second cache from one tile of rows to the next.
+constexpr int64_t kMostMacs = 6 * 1024 * 1024;
+constexpr int64_t kMostBytes = 256 * 1024;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -145,9 +148,10 @@ uint32_t Step::begin_matmul() {
   const int64_t tall = std::min(rows(), tile_rows_);
   const int64_t macs = std::max<int64_t>(1, tall * op.matrix->n * op.matrix->k / n);  // of one output column
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(op.matrix->bytes()) / n);
-  const int64_t enough = std::max<int64_t>(1, std::min(kChunkMacs / macs, kChunkBytes / bytes));
+  const int64_t least = std::max<int64_t>(1, std::min(kLeastMacs / macs, kLeastBytes / bytes));
+  const int64_t most = std::max(least, std::min(kMostMacs / macs, kMostBytes / bytes));
   const int64_t shared = n * row_tiles_ / (threads_ * 4);  // four chunks a thread
-  columns_ = std::min(round_up(std::clamp(shared, enough, enough * 4), kColumnBlock), round_up(n, kColumnBlock));
+  columns_ = std::min(round_up(std::clamp(shared, least, most), kColumnBlock), round_up(n, kColumnBlock));
   return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
 }
 
