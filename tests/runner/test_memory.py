@@ -40,8 +40,9 @@ def test_a_control_group_or_its_parent_can_be_tighter(tmp_path: Path) -> None:
 
 def test_version_1_groups(tmp_path: Path) -> None:
     proc, cgroups = machine(tmp_path, available_kib=1000)
-    folder = cgroups / "memory"
-    folder.mkdir()
+    (proc / "self" / "cgroup").write_text("5:cpu:/\n4:memory:/box\n0::/\n")
+    folder = cgroups / "memory" / "box"
+    folder.mkdir(parents=True)
     (folder / "memory.limit_in_bytes").write_text("5000\n")
     (folder / "memory.usage_in_bytes").write_text("4000\n")
     (folder / "memory.stat").write_text("total_inactive_file 7\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,14 @@ def plan_cache(
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take: the machine's available memory, or less where a control group says so."""
     free = [meminfo_available(proc / "meminfo")]
-    free += [left for left in (cgroup_v2_left(proc, cgroups), cgroup_v1_left(cgroups / "memory")) if left is not None]
-    return max(0, min(free))
+    for line in read(proc / "self" / "cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers == "":
+            free += [left(place, VERSION_2) for place in group_and_parents(cgroups, group)]
+        elif "memory" in controllers.split(","):
+            free += [left(place, VERSION_1) for place in group_and_parents(cgroups / "memory", group)]
+    return max(0, int(min(free)))
 
 
 def meminfo_available(path: Path) -> int:
@@ -74,30 +81,23 @@ def meminfo_available(path: Path) -> int:
     raise ConfigError(f"{path} has no MemAvailable line")
 
 
-def cgroup_v2_left(proc: Path, cgroups: Path) -> int | None:
-    """What the tightest of our control group and its parents leaves; reclaimable file cache counts as free."""
-    relative = next(
-        (line.split("::", 1)[1] for line in read(proc / "self" / "cgroup").splitlines() if line.startswith("0::")),
-        None,
-    )
-    if relative is None:
-        return None
-    folder = cgroups / relative.strip().lstrip("/")
-    left = []
-    for place in (folder, *folder.parents):
-        if not place.is_relative_to(cgroups):
-            break
-        limit, used = read(place / "memory.max").strip(), read(place / "memory.current").strip()
-        if limit.isdigit() and used.isdigit():
-            left.append(int(limit) - int(used) + field(place / "memory.stat", "inactive_file"))
-    return min(left, default=None)
+# Names of a control group's limit, its use, and the line of memory.stat that says what of it can be reclaimed.
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def cgroup_v1_left(folder: Path) -> int | None:
-    limit, used = read(folder / "memory.limit_in_bytes").strip(), read(folder / "memory.usage_in_bytes").strip()
+def group_and_parents(root: Path, group: str) -> list[Path]:
+    """The folders whose limits hold for a group; inside a container its own group is the root."""
+    folder = root / group.lstrip("/")
+    return [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+
+
+def left(folder: Path, names: tuple[str, str, str]) -> float:
+    """What a control group leaves; reclaimable file cache counts as free. Infinite without a limit."""
+    limit, used = read(folder / names[0]).strip(), read(folder / names[1]).strip()
     if not (limit.isdigit() and used.isdigit()):
-        return None
-    return int(limit) - int(used) + field(folder / "memory.stat", "total_inactive_file")
+        return math.inf
+    return int(limit) - int(used) + field(folder / "memory.stat", names[2])
 
 
 def field(path: Path, name: str) -> int:
