@@ -62,7 +62,7 @@ def plan_cache(
 
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take: the machine's available memory, or less where a control group says so."""
-    free = [meminfo_available(proc / "meminfo")]
+    free: list[float] = [meminfo_available(proc / "meminfo")]
     for line in read(proc / "self" / "cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
