@@ -36,13 +36,7 @@ class Sampling:
     @property
     def draws(self) -> bool:
         """True if the token is drawn at random: asked for, or any warper differs from neutral (TGI's rule)."""
-        return (
-            self.do_sample
-            or self.temperature != 1.0
-            or self.top_k != 0
-            or self.top_p < 1.0
-            or self.typical_p < 1.0
-        )
+        return self.do_sample or self.temperature != 1.0 or self.top_k != 0 or self.top_p < 1.0 or self.typical_p < 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +99,15 @@ class Admission:
 class SlotWork:
     """One slot's share of a step: compute tokens [start, start + count); then choose the next one if `samples`.
 
-    A decode row's input token may be known to the runner only (it was sampled in the step before).
+    A decode row's input token may be known to the runner only (it was sampled in the step before). `draft` holds
+    guesses for the last tokens of the range, of which nothing is known yet; only work that samples may have them.
     """
 
     slot: int
     start: int
     count: int
     samples: bool
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +127,9 @@ class Step:
 class Sampled:
     """The outcome of one `SlotWork`. `token` is None where none was wanted.
 
+    `more`: the tokens after `token`, in order: one for each guess of the draft that turned out right, up to the
+    first that did not. They are the tokens that steps without a draft would have brought.
+
     `prompt_logprobs`: log-probabilities of the known tokens at positions start+1 .. start+count (as far as they
     are prompt), only for slots admitted with `prompt_logprobs`. `error`: this row alone failed (e.g. NaN logits).
     """
@@ -139,6 +138,7 @@ class Sampled:
     token: TokenChoice | None
     prompt_logprobs: tuple[float, ...] = ()
     error: str = ""
+    more: tuple[TokenChoice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

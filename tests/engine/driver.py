@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scripted import ScriptedRunner, expected
+from scripted import ScriptedRunner, expected_choices
 
-from textmill.core import Emission, Finish, Request, RunnerLimits, Step
+from textmill.core import Emission, Finish, Request, RunnerLimits, Step, TokenChoice
 from textmill.engine.admission import longest_total, refusal
 from textmill.engine.scheduler import EngineSettings, Scheduler
 from textmill.engine.sequence import Sequence, State
@@ -18,10 +18,14 @@ from textmill.engine.stats import Counters
 @dataclass
 class Watched:
     sequence: Sequence
-    tokens: list[int] = field(default_factory=list)
+    choices: list[TokenChoice] = field(default_factory=list)
     finish: Finish = Finish.NONE
     first: Emission | None = None
     may_fail: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return [choice.id for choice in self.choices]
 
 
 class Driver:
@@ -137,18 +141,18 @@ class Driver:
             watched = self.watched[sequence.number - 1]
             assert not watched.finish, "something came after the end"
             watched.first = watched.first or emission
-            watched.tokens += [token.id for token in emission.tokens]
+            watched.choices += emission.tokens
             watched.finish = emission.finish
             assert watched.first is emission or emission.prompt_logprobs is None
 
     def _check_outcome(self, watched: Watched) -> None:
         request = watched.sequence.request
-        alone = expected(request, self.limits.vocab_size, self.total)
+        alone = expected_choices(request, self.limits.vocab_size, self.total)
         if watched.finish in (Finish.CANCELLED, Finish.FAILED):
-            assert watched.tokens == alone[: len(watched.tokens)]
+            assert watched.choices == alone[: len(watched.choices)]
             assert watched.finish is Finish.CANCELLED or watched.may_fail
             return
-        assert watched.tokens == alone
+        assert watched.choices == alone
         at_limit = len(request.tokens) + len(alone) == watched.sequence.limit
         assert watched.finish is (Finish.LENGTH if at_limit else Finish.EOS)
         assert watched.first is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
@@ -31,6 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.one_of(st.none(), st.integers(1, 16)),
         beside=st.one_of(st.none(), st.integers(1, 4)),
         caching=st.booleans(),
+        speculate=st.sampled_from([0, 0, 1, 3, 8]),
         ahead=st.integers(0, 2),
     )
     def begin(
@@ -42,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int | None,
         beside: int | None,
         caching: bool,
+        speculate: int,
         ahead: int,
     ) -> None:
         its_limits = limits(
@@ -57,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefill_tokens_beside_decode=beside,
             prefix_caching=caching,
             steps_ahead=ahead,
+            speculate=speculate,
         )
         self.driver = Driver(its_limits, its_settings)
 
@@ -100,7 +104,7 @@ TestScheduler.settings = settings(
 )
 
 
-def random_driver(dice: random.Random) -> Driver:
+def random_driver(dice: random.Random, speculate: int) -> Driver:
     its_limits = limits(
         block_size=dice.choice([1, 2, 4]),
         num_blocks=dice.randint(6, 20),
@@ -114,6 +118,7 @@ def random_driver(dice: random.Random) -> Driver:
         prefill_tokens_beside_decode=dice.choice([None, None, 1, 3]),
         prefix_caching=dice.random() < 0.8,
         steps_ahead=dice.choice([0, 1, 1, 2]),
+        speculate=speculate,
     )
     driver = Driver(its_limits, its_settings)
     if dice.random() < 0.5:  # measurements without sense: pacing may slow prompts down, never change or starve them
@@ -128,10 +133,10 @@ def random_arrival(driver: Driver, dice: random.Random) -> None:
     driver.arrive(shared_prefix(dice.randint(0, 20)) + tail, dice.randint(1, 24), stop, dice.random() < 0.3, salt)
 
 
-def crowd(seed: int, trouble: float) -> Driver:
+def crowd(seed: int, trouble: float, speculate: int) -> Driver:
     """A random engine and a random crowd, from a seed: many sequences fighting for few blocks."""
     dice = random.Random(seed)
-    driver = random_driver(dice)
+    driver = random_driver(dice, speculate)
     for _ in range(40):
         if dice.random() < 0.4:
             random_arrival(driver, dice)
@@ -148,11 +153,17 @@ def crowd(seed: int, trouble: float) -> Driver:
     return driver
 
 
+CASES = ("preemptions", "prefix_hit_tokens", "void_rows", "generated_tokens")
+GUESSES = ("speculated_tokens_accepted", "speculated_tokens_rejected")
+
+
 @pytest.mark.parametrize("trouble", [0.0, 0.1])
-def test_crowds_get_what_each_gets_alone(trouble: float) -> None:
-    counted = {"preemptions": 0.0, "prefix_hit_tokens": 0.0, "void_rows": 0.0, "generated_tokens": 0.0}
+@pytest.mark.parametrize("speculate", [0, 5])
+def test_crowds_get_what_each_gets_alone(trouble: float, speculate: int) -> None:
+    counted: Counter[str] = Counter()
     for seed in range(150):
-        driver = crowd(seed, trouble)
-        for name in counted:
-            counted[name] += driver.counters.values()[name]
-    assert min(counted.values()) > 100, counted  # the crowds do meet every case
+        values = crowd(seed, trouble, speculate).counters.values()
+        counted.update({name: int(values[name]) for name in (*CASES, *GUESSES)})
+    cases = (*CASES, *GUESSES) if speculate else CASES
+    assert min(counted[name] for name in cases) > 100, counted  # the crowds do meet every case
+    assert speculate or not any(counted[name] for name in GUESSES)

@@ -8,7 +8,7 @@ nobody here knows yet, and a row may turn out void because its sequence ended in
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from textmill.core import (
     Admission,
@@ -22,7 +22,9 @@ from textmill.core import (
     TokenChoice,
 )
 from textmill.engine.blocks import BlockPool, IntegrityError
+from textmill.engine.drafts import Drafts
 from textmill.engine.pacing import Pacing
+from textmill.engine.plan import Plan, Row
 from textmill.engine.prefix import PrefixCache
 from textmill.engine.sequence import Sequence, State
 from textmill.engine.stats import Counters
@@ -38,7 +40,8 @@ class EngineSettings:
     `max_batch_prefill_tokens` bounds the tokens of one step, `prefill_tokens_beside_decode` those of prompts in a
     step that also decodes (None: no further bound); `prefill_pacing` adds a bound that is learned, so that running
     streams hardly feel a prompt arrive. `steps_ahead` is how many steps are launched
-    while one runs: 1 keeps the runner busy, 0 plans each step with all that is known.
+    while one runs: 1 keeps the runner busy, 0 plans each step with all that is known. `speculate` is the most tokens
+    that a sequence guesses ahead; 0: none.
     """
 
     max_batch_prefill_tokens: int | None = None
@@ -48,30 +51,7 @@ class EngineSettings:
     prefill_pacing: bool = True
     prefix_caching: bool = True
     steps_ahead: int = 1
-
-
-@dataclass(slots=True)
-class Row:
-    """One row of a step in flight; `residency` tells whether its sequence is still in the same stay."""
-
-    sequence: Sequence
-    residency: int
-    work: SlotWork
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step while it is being made, and then until its result is there."""
-
-    number: int
-    rows: list[Row] = field(default_factory=list)
-    admissions: list[Admission] = field(default_factory=list)
-    blocks: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    tokens: int = 0
-    decode_tokens: int = 0
-    prefill: bool = False
-    preempted: bool = False
-    launched_ns: int = 0
+    speculate: int = 0
 
 
 class Scheduler:
@@ -87,6 +67,7 @@ class Scheduler:
         self._budget = min(settings.max_batch_prefill_tokens or limits.max_step_tokens, limits.max_step_tokens)
         self._beside_decode = settings.prefill_tokens_beside_decode
         self._pacing = Pacing() if settings.prefill_pacing else None
+        self._drafts = Drafts(settings.speculate, self.pool, self._block_size, self._budget, counters)
         # Never more sequences than a step has tokens: then each can have one in every step.
         self._slots = min(limits.max_slots, limits.max_step_tokens, settings.max_batch_size or limits.max_slots)
         self._free_slots = list(range(self._slots - 1, -1, -1))
@@ -108,9 +89,12 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Plan the next step; None if nothing can be computed before an earlier step comes back (or at all)."""
+        if self._plans and self._drafts.wanted(self.running):
+            return None  # guesses start from a token that is known
         plan = Plan(self._number + 1)
         self._plan_decodes(plan)
         self._plan_prefills(plan)
+        self._drafts.add(plan, self.running)
         return self._launch(plan) if plan.rows else None
 
     def update(self, step: Step, result: StepResult) -> list[Event]:
@@ -316,31 +300,48 @@ class Scheduler:
             return None
         if sampled.error or (work.samples and sampled.token is None):
             return self._fail(sequence, sampled.error or "the model chose no token")
+        tokens, finish = self._take_tokens(row, sampled)
         if row.residency == sequence.residency:
             sequence.prompt_logprobs += sampled.prompt_logprobs
             if sequence.state is State.RUNNING:
                 sequence.settled = work.start + work.count
+                if work.draft:  # what was guessed wrongly is not computed
+                    sequence.settled -= len(work.draft) + 1 - len(tokens)
+                    sequence.computed = sequence.settled
                 self.prefix.register(sequence)
-        if not work.samples or sampled.token is None:
-            return None
-        sequence.in_flight -= 1
-        return self._emit(sequence, sampled.token)
+        return self._emit(sequence, tokens, finish) if tokens else None
 
-    def _emit(self, sequence: Sequence, token: TokenChoice) -> Emission:
-        self._counters.generated_tokens += 1
-        finish = sequence.append(token.id)
+    def _take_tokens(self, row: Row, sampled: Sampled) -> tuple[tuple[TokenChoice, ...], Finish]:
+        """Append what was sampled, as far as the first token that ends the sequence."""
+        if not row.work.samples or sampled.token is None:
+            return (), Finish.NONE
+        sequence = row.sequence
+        sequence.in_flight -= 1
+        tokens, finish = (sampled.token, *sampled.more), sequence.append(sampled.token.id)
+        self._drafts.judge(row, sampled, len(self.running))
+        self._drafts.learn(sequence, len(self.running))
+        for place, token in enumerate(sampled.more, 1):
+            if finish:
+                tokens = tokens[:place]
+                break
+            finish = sequence.append(token.id)
+            self._drafts.learn(sequence, len(self.running))
+        self._counters.generated_tokens += len(tokens)
+        return tokens, finish
+
+    def _emit(self, sequence: Sequence, tokens: tuple[TokenChoice, ...], finish: Finish) -> Emission:
         if sequence.started:
-            emission = Emission(sequence.request.id, (token,), finish)
+            emission = Emission(sequence.request.id, tokens, finish)
         else:
-            emission = self._first_emission(sequence, token, finish)
+            emission = self._first_emission(sequence, tokens, finish)
         return self._end(sequence, emission) if finish else emission
 
-    def _first_emission(self, sequence: Sequence, token: TokenChoice, finish: Finish) -> Emission:
+    def _first_emission(self, sequence: Sequence, tokens: tuple[TokenChoice, ...], finish: Finish) -> Emission:
         asked = sequence.wants_prompt_logprobs
         sequence.started = True
         return Emission(
             request_id=sequence.request.id,
-            tokens=(token,),
+            tokens=tokens,
             finish=finish,
             prompt_logprobs=(float("nan"), *sequence.prompt_logprobs) if asked else None,
             queue_ns=sequence.queue_ns,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from textmill.core import Emission, Finish, Request
+from textmill.speculate.policy import Guesser
 
 Sink = Callable[[int, list[Emission]], None]
 """Takes (steps finished so far, emissions); called at most once per step, must not block."""
@@ -47,6 +48,7 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)
     chain: list[bytes] = field(default_factory=list)  # digests of its full blocks, as far as known
     registered: int = 0  # blocks of this stay that the prefix cache has been told of
+    guesser: Guesser | None = None  # from its second token on, if the engine speculates
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)

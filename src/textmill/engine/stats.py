@@ -5,6 +5,7 @@ Counters (since start):
     requests_live: accepted == completed + failed + cancelled + live, always
   steps, steps_failed, forward_seconds (the runner's own clock), schedule_seconds, update_seconds (the engine's work)
   prompt_tokens, prefix_hit_tokens, computed_tokens, generated_tokens, void_rows, preemptions
+  speculated_tokens_{accepted,rejected}: guesses that the model computed (among computed_tokens)
   batch_inference_count_{prefill,decode}, batch_inference_success_{...}, batch_inference_failure_{...},
     batch_inference_seconds_{...}: steps and their duration as the engine sees it (successes only); a step with any
     prompt token in it is a prefill
@@ -35,6 +36,8 @@ class Counters:
     generated_tokens: int = 0
     void_rows: int = 0
     preemptions: int = 0
+    speculated_tokens_accepted: int = 0
+    speculated_tokens_rejected: int = 0
     batch_inference_count_prefill: int = 0
     batch_inference_count_decode: int = 0
     batch_inference_success_prefill: int = 0

@@ -32,6 +32,7 @@ STEP_COUNTERS = {
     "batch_inference_success": ("tgi_batch_inference_success", "Steps that succeeded."),
     "batch_inference_failure": ("tgi_batch_inference_failure", "Steps that failed."),
 }
+OUTCOMES = ("accepted", "rejected")
 LEDGER = ("accepted", "completed", "failed", "cancelled")
 
 
@@ -48,6 +49,8 @@ def engine_snapshot(stats: dict[str, float]) -> Snapshot:
         found[name] = _family("counter", text, ["method"], _by_method(stats, key))
     ledger = [[[state], stats.get(f"requests_{state}", 0.0)] for state in LEDGER]
     found["textmill_engine_requests"] = _family("counter", "The engine's own ledger.", ["state"], ledger)
+    guesses = [[[outcome], stats.get(f"speculated_tokens_{outcome}", 0.0)] for outcome in OUTCOMES]
+    found["textmill_speculated_tokens"] = _family("counter", "Tokens guessed and verified.", ["outcome"], guesses)
     found["tgi_batch_concat"] = _family("counter", "Sequences that joined a running batch.", ["reason"], [])
     return found | _sums(stats)
 
