@@ -143,11 +143,15 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the runner brings back from a step; `sampled` is parallel to `Step.work`."""
+    """What the runner brings back from a step; `sampled` is parallel to `Step.work`.
+
+    `seconds` is all of the runner's time, `compute_seconds` the kernels' part of it.
+    """
 
     number: int
     sampled: tuple[Sampled, ...]
     seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

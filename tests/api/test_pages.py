@@ -90,7 +90,10 @@ async def test_metrics(client: httpx.AsyncClient, engine: ScriptedEngine) -> Non
         "prefix_hit_tokens": 16,
         "batch_inference_count_decode": 5,
         "batch_inference_success_decode": 4,
-        "batch_inference_seconds_decode": 0.25,
+        "tgi_batch_inference_duration|decode|0": 1,
+        "tgi_batch_inference_duration|decode|18": 3,
+        "tgi_batch_inference_duration|decode|sum": 0.25,
+        "tgi_batch_next_size||1": 5,
     }
     await client.post("/generate", json={"inputs": "a"})
     await client.post("/generate", json={"inputs": ""})
@@ -117,6 +120,10 @@ async def test_metrics(client: httpx.AsyncClient, engine: ScriptedEngine) -> Non
     assert found['tgi_batch_inference_count{method="decode"}'] == 5
     assert found['tgi_batch_inference_duration_sum{method="decode"}'] == 0.25
     assert found['tgi_batch_inference_duration_count{method="decode"}'] == 4
+    assert found['tgi_batch_inference_duration_bucket{method="decode",le="0.00015"}'] == 1
+    assert found['tgi_batch_next_size_bucket{le="2"}'] == 5
+    for name in ("forward", "decode", "filter", "concat"):
+        assert f'tgi_batch_{name}_duration_count{{method="decode"}}' in found
     assert found['textmill_ledger_requests{state="completed"}'] == 2
     assert found['textmill_ledger_requests{state="rejected"}'] == 1
     assert found["textmill_ledger_open"] == 0

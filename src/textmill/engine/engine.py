@@ -224,9 +224,9 @@ class Engine:
             self._lose(step, error)
             return
         begin = time.perf_counter()
-        events = self._scheduler.update(step, result)
-        self._deliver(events)
-        self._counters.update_seconds += time.perf_counter() - begin
+        prefill = self._scheduler.is_prefill(step)
+        self._deliver(self._scheduler.update(step, result))
+        self._counters.step_digested(time.perf_counter() - begin, prefill)
 
     def _lose(self, step: Step, error: Exception) -> None:
         log.error("step %d failed", step.number, exc_info=error)

@@ -105,7 +105,7 @@ class Scheduler:
         del self._plans[step.number]
         now = time.monotonic_ns()
         # A step launched ahead of its turn began when the one before it was done.
-        self._counters.step_done(result.seconds, (now - max(plan.launched_ns, self._done_ns)) * 1e-9, plan.prefill)
+        self._counters.step_done(result, (now - max(plan.launched_ns, self._done_ns)) * 1e-9, plan.prefill)
         self._done_ns = now
         if self._pacing is not None:
             self._pacing.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, result.seconds)
@@ -115,6 +115,10 @@ class Scheduler:
             if emission is not None:
                 events.append((row.sequence, emission))
         return events
+
+    def is_prefill(self, step: Step) -> bool:
+        """True if a step in flight holds any prompt token."""
+        return self._plans[step.number].prefill
 
     def fail(self, step: Step, text: str) -> list[Event]:
         """A step was lost: its sequences fail, all others go on."""
@@ -246,6 +250,7 @@ class Scheduler:
         sequence.registered = len(hits)
         sequence.prompt_logprobs.clear()
         self._counters.prefix_hit_tokens += sequence.computed
+        self._counters.batch_concat += len(self.running) > 1
         if not sequence.residency:
             sequence.queue_ns = time.monotonic_ns() - sequence.submitted_ns
             sequence.cached_tokens = sequence.computed

@@ -3,13 +3,14 @@
 Counters (since start):
   requests_accepted, requests_completed, requests_failed, requests_cancelled: the ledger, together with the gauge
     requests_live: accepted == completed + failed + cancelled + live, always
-  steps, steps_failed, forward_seconds (the runner's own clock), schedule_seconds, update_seconds (the engine's work)
+  steps, steps_failed, forward_seconds (the runner's own clock; compute_seconds of it in kernels), schedule_seconds,
+    update_seconds (the engine's work), send_seconds (turning tokens into messages and sending them)
   prompt_tokens, prefix_hit_tokens, computed_tokens, generated_tokens, void_rows, preemptions
   speculated_tokens_{accepted,rejected}: guesses that the model computed (among computed_tokens)
-  batch_inference_count_{prefill,decode}, batch_inference_success_{...}, batch_inference_failure_{...},
-    batch_inference_seconds_{...}: steps and their duration as the engine sees it (successes only); a step with any
-    prompt token in it is a prefill
-  batch_next_count, batch_next_size_sum: steps planned and the sequences in them
+  batch_inference_count_{prefill,decode}, batch_inference_success_{...}, batch_inference_failure_{...}: steps by
+    kind; a step with any prompt token in it is a prefill
+  batch_concat: sequences that joined others already running
+  the histograms of observe/step_histograms.py, flat
 Gauges:
   queue_size, running (sequences in slots), batch_current_size (sequences in the newest step),
   batch_current_max_tokens (sum of the running sequences' length limits), batch_max_total_tokens (tokens that fit),
@@ -18,7 +19,10 @@ Gauges:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from textmill.core import StepResult
+from textmill.observe.step_histograms import StepHistograms
 
 
 @dataclass(slots=True)
@@ -28,6 +32,7 @@ class Counters:
     steps: int = 0
     steps_failed: int = 0
     forward_seconds: float = 0.0
+    compute_seconds: float = 0.0
     schedule_seconds: float = 0.0
     update_seconds: float = 0.0
     prompt_tokens: int = 0
@@ -44,15 +49,12 @@ class Counters:
     batch_inference_success_decode: int = 0
     batch_inference_failure_prefill: int = 0
     batch_inference_failure_decode: int = 0
-    batch_inference_seconds_prefill: float = 0.0
-    batch_inference_seconds_decode: float = 0.0
-    batch_next_count: int = 0
-    batch_next_size_sum: int = 0
+    batch_concat: int = 0
     batch_current_size: int = 0
+    histograms: StepHistograms = field(default_factory=StepHistograms)
 
     def step_planned(self, rows: int, tokens: int, prefill: bool) -> None:
-        self.batch_next_count += 1
-        self.batch_next_size_sum += rows
+        self.histograms.observe("tgi_batch_next_size", rows)
         self.batch_current_size = rows
         self.computed_tokens += tokens
         if prefill:
@@ -60,15 +62,22 @@ class Counters:
         else:
             self.batch_inference_count_decode += 1
 
-    def step_done(self, forward_seconds: float, seconds: float, prefill: bool) -> None:
+    def step_done(self, result: StepResult, seconds: float, prefill: bool) -> None:
+        """`seconds`: the step's share of the engine's time, waiting for the runner included."""
         self.steps += 1
-        self.forward_seconds += forward_seconds
+        self.forward_seconds += result.seconds
+        self.compute_seconds += result.compute_seconds
+        method = "prefill" if prefill else "decode"
+        self.histograms.observe("tgi_batch_inference_duration", seconds, method)
+        self.histograms.observe("tgi_batch_forward_duration", result.seconds, method)
         if prefill:
             self.batch_inference_success_prefill += 1
-            self.batch_inference_seconds_prefill += seconds
         else:
             self.batch_inference_success_decode += 1
-            self.batch_inference_seconds_decode += seconds
+
+    def step_digested(self, seconds: float, prefill: bool) -> None:
+        self.update_seconds += seconds
+        self.histograms.observe("tgi_batch_decode_duration", seconds, "prefill" if prefill else "decode")
 
     def step_failed(self, prefill: bool) -> None:
         self.steps += 1
@@ -79,7 +88,8 @@ class Counters:
             self.batch_inference_failure_decode += 1
 
     def values(self) -> dict[str, float]:
-        return {field.name: float(getattr(self, field.name)) for field in fields(self)}
+        plain = {one.name: float(getattr(self, one.name)) for one in fields(self) if one.name != "histograms"}
+        return plain | self.histograms.values()
 
 
 @dataclass(slots=True)
@@ -97,7 +107,7 @@ class Ledger:
         return self.accepted == self.completed + self.failed + self.cancelled + self.live
 
     def values(self) -> dict[str, float]:
-        return {f"requests_{field.name}": float(getattr(self, field.name)) for field in fields(self)}
+        return {f"requests_{one.name}": float(getattr(self, one.name)) for one in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)

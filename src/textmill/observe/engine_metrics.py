@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from textmill.observe.metrics import Snapshot
+from textmill.observe import step_histograms
+from textmill.observe.metrics import STEP_SECONDS, STEP_SECONDS_TEXT, Snapshot
 
-METHODS = ("prefill", "decode")
 GAUGES = {
     "queue_size": ("tgi_queue_size", "Sequences that wait for a slot."),
     "batch_current_size": ("tgi_batch_current_size", "Sequences in the newest step."),
@@ -51,36 +51,23 @@ def engine_snapshot(stats: dict[str, float]) -> Snapshot:
     found["textmill_engine_requests"] = _family("counter", "The engine's own ledger.", ["state"], ledger)
     guesses = [[[outcome], stats.get(f"speculated_tokens_{outcome}", 0.0)] for outcome in OUTCOMES]
     found["textmill_speculated_tokens"] = _family("counter", "Tokens guessed and verified.", ["outcome"], guesses)
-    found["tgi_batch_concat"] = _family("counter", "Sequences that joined a running batch.", ["reason"], [])
-    return found | _sums(stats)
+    found[STEP_SECONDS] = _family("counter", STEP_SECONDS_TEXT, ["part"], _parts(stats))
+    joined = [[["chunking"], stats.get("batch_concat", 0.0)]]
+    found["tgi_batch_concat"] = _family("counter", "Sequences that joined a running batch.", ["reason"], joined)
+    return found | step_histograms.snapshot(stats)
+
+
+def _parts(stats: dict[str, float]) -> list[list[Any]]:
+    """What the engine's process spends on steps; the runner's part is what is left of its time beside the kernels."""
+    compute, forward = stats.get("compute_seconds", 0.0), stats.get("forward_seconds", 0.0)
+    found = {"compute": compute, "runner": forward - compute}
+    found |= {name: stats.get(f"{name}_seconds", 0.0) for name in ("schedule", "update", "send")}
+    return [[[part], seconds] for part, seconds in found.items()]
 
 
 def _by_method(stats: dict[str, float], key: str) -> list[list[Any]]:
-    return [[[method], stats.get(f"{key}_{method}", 0.0)] for method in METHODS]
-
-
-def _sums(stats: dict[str, float]) -> Snapshot:
-    """Histograms of which the engine keeps count and sum only: one bucket, so that averages can be drawn."""
-    durations = [
-        [[method], _whole(stats, f"batch_inference_success_{method}", f"batch_inference_seconds_{method}")]
-        for method in METHODS
-    ]
-    sizes = [[[], _whole(stats, "batch_next_count", "batch_next_size_sum")]]
-    forward = [[["all"], _whole(stats, "steps", "forward_seconds")]]
-    return {
-        "tgi_batch_inference_duration": _histogram("Duration of a step.", ["method"], durations),
-        "tgi_batch_forward_duration": _histogram("The model's part of a step.", ["method"], forward),
-        "tgi_batch_next_size": _histogram("Sequences in a planned step.", [], sizes),
-    }
-
-
-def _whole(stats: dict[str, float], count: str, total: str) -> list[Any]:
-    return [[int(stats.get(count, 0))], stats.get(total, 0.0)]
+    return [[[method], stats.get(f"{key}_{method}", 0.0)] for method in step_histograms.METHODS]
 
 
 def _family(kind: str, text: str, labels: list[str], series: list[list[Any]]) -> dict[str, Any]:
     return {"kind": kind, "help": text, "labels": labels, "series": series}
-
-
-def _histogram(text: str, labels: list[str], series: list[list[Any]]) -> dict[str, Any]:
-    return {**_family("histogram", text, labels, series), "bounds": []}

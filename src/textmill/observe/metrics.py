@@ -10,6 +10,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+# Both sides add their parts: the engine compute, runner, schedule, update and send, routers receive, text and http.
+STEP_SECONDS = "textmill_step_seconds"
+STEP_SECONDS_TEXT = "Time spent on steps and their tokens, by part of the house."
+
 Kind = Literal["counter", "gauge", "histogram"]
 Snapshot = dict[str, Any]  # name -> {kind, help, labels, bounds, series: [[label values], number or [counts, sum]]}
 

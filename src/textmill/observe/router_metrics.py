@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from textmill.core import EngineInfo
-from textmill.observe.metrics import Registry
+from textmill.observe.metrics import STEP_SECONDS, STEP_SECONDS_TEXT, Registry
+from textmill.observe.step_histograms import SECONDS
 
 Outcome = Literal["completed", "failed", "cancelled"]
-SECONDS = tuple(0.00015 * 1.5**k for k in range(35))  # TGI's: up to about 145.6 s
 
 
 def length_bounds(longest: int) -> tuple[float, ...]:
@@ -83,4 +83,5 @@ class RouterMetrics:
         self.between_tokens = registry.histogram(
             "textmill_inter_token_seconds", "Between two tokens of a sequence.", SECONDS
         )
+        self.step_seconds = registry.counter(STEP_SECONDS, STEP_SECONDS_TEXT, ("part",))
         self.ledger = Ledger(registry)
