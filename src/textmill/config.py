@@ -139,6 +139,12 @@ class Settings:
     prefill_pacing: bool = setting(
         True, BATCHING, "Compute prompts in small chunks beside running streams, so that these hardly pause."
     )
+    speculate: int | None = setting(
+        None,
+        BATCHING,
+        "Most tokens guessed ahead, from what the sequence itself repeats, and verified exactly; 0: none.",
+        maximum=64,
+    )
 
     huggingface_hub_cache: str | None = setting(
         None, MODEL, "Folder of the hub's cache.", default_help="huggingface_hub's own"
@@ -200,7 +206,6 @@ class Settings:
     num_shard: int | None = setting(None, NOT_BUILT, "Number of ranks.", built=SHARDS, works=(1,))
     master_addr: str = setting("localhost", NOT_BUILT, "Meeting point of the ranks.", built=SHARDS)
     master_port: int = setting(29500, NOT_BUILT, "Port of the meeting point.", built=SHARDS)
-    speculate: int | None = setting(None, NOT_BUILT, "Tokens guessed ahead.", built="speculative decoding", works=(0,))
     kv_cache_dtype: str | None = setting(
         None, NOT_BUILT, "Narrow KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"), built="8-bit KV caches"
     )

@@ -66,12 +66,12 @@ def prompt(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text).ids[:150])
 
 
-def start(chunk: int | None = None, kv_tokens: int = 8192, prefix: bool = True) -> Engine:
+def start(chunk: int | None = None, kv_tokens: int = 8192, prefix: bool = True, speculate: int = 0) -> Engine:
     settings = Settings(
         max_total_tokens=min(1024, kv_tokens), max_batch_total_tokens=kv_tokens, max_concurrent_requests=32
     )
     runner, _ = build_runner(settings, resolve(None), lambda *_, **__: None)
-    engine = Engine(runner, EngineSettings(max_batch_prefill_tokens=chunk, prefix_caching=prefix))
+    engine = Engine(runner, EngineSettings(max_batch_prefill_tokens=chunk, prefix_caching=prefix, speculate=speculate))
     engine.start()
     return engine
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_BEATS = 0.5
-SECONDS_BETWEEN_PROFILES = 5.0
+SECONDS_BETWEEN_PROFILES = 10.0
 
 
 def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int) -> None:
@@ -67,6 +67,7 @@ def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
         max_batch_size=handed.settings.max_batch_size,
         prefix_caching=handed.settings.prefix_caching,
         prefill_pacing=handed.settings.prefill_pacing,
+        speculate=handed.settings.speculate or 0,
     )
     return Engine(runner, settings), info
 

@@ -134,9 +134,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """What a step brought, one entry per work item; the arrays belong to the caller.
+    """What a step brought; the arrays belong to the caller.
 
-    token: -1 where none was chosen. error: 1 = the row's logits hold NaN or +Inf, 2 = its sampling parameters are
+    One entry per work item; several, side by side, where several rows sample. token: -1 where none was chosen or
+    where a guess before it was wrong. error: 1 = the row's logits hold NaN or +Inf, 2 = its sampling parameters are
     senseless. top_ids, top_logprobs [n, widest top_n], the first top_count[i] of a row are filled.
     prompt_logprobs: per row of the step, NaN where not asked for or where the next token was not known; empty if
     nobody asked.
@@ -323,12 +324,14 @@ class Program:
         A chosen token is appended to its slot (tokens, length). `samples` asks for start + count == length[slot].
         ValueError, before anything is touched: work that the table, the cache or the program's limits do not allow.
         """
+        samples = 1 + d verifies d guesses that stand in `tokens` behind `length` and are among the `count` rows: a
+        token is chosen after each of the last 1 + d rows, and those up to the first wrong guess are appended.
         return self._step(work, None, sample=True, every_row=False)
 
     def logits(self, work: NDArray[np.int32], *, every_row: bool = False) -> NDArray[np.float32]:
         """The raw logits of a step [output rows, vocab_size] (of all its rows if `every_row`); chooses nothing."""
         counts = work[:, 2]
-        wanted = np.where((self.prompt_logprobs[work[:, 0]] != 0) | every_row, counts, work[:, 3] != 0)
+        wanted = np.where((self.prompt_logprobs[work[:, 0]] != 0) | every_row, counts, work[:, 3])
         out = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
         self._step(work, out, sample=False, every_row=every_row)
         return out
@@ -336,7 +339,7 @@ class Program:
     def _step(
         self, work: NDArray[np.int32], logits: NDArray[np.float32] | None, *, sample: bool, every_row: bool
     ) -> StepArrays:
-        count, slots = len(work), work[:, 0]
+        count, slots = int(np.maximum(work[:, 3], 1).sum()), work[:, 0]
         known = slots[(slots >= 0) & (slots < self.max_slots)]
         width = int(self.top_n[known].max(initial=0))
         rows = int(work[:, 2].sum()) if self.prompt_logprobs[known].any() else 0

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
-from textmill.kernels.native import NativeWeight, Program, Rows
+from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
@@ -57,36 +57,42 @@ class NativeExecutor:
         return self.program.arena_bytes
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
-        rows = np.array([(w.slot, w.start, w.count, w.samples) for w in work], dtype=np.int32)
+        rows = np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
         arrays = self.program.run(rows)
-        columns = zip(
-            work,
-            arrays.token.tolist(),
-            arrays.logprob.tolist(),
-            arrays.error.tolist(),
-            arrays.top_count.tolist(),
-            strict=True,
-        )
+        choices = choices_of(arrays)
+        errors = arrays.error.tolist()
         out: list[Sampled] = []
-        first_row = 0
-        for i, (item, token, logprob, error, top_count) in enumerate(columns):
-            if error:
+        place = first_row = 0
+        for item in work:
+            if errors[place]:
                 out.append(Sampled(item.slot, None, error=NOT_FINITE))
             else:
-                top = pairs(arrays.top_ids[i], arrays.top_logprobs[i], top_count) if top_count else ()
-                choice = TokenChoice(token, logprob, top) if item.samples else None
-                out.append(Sampled(item.slot, choice, self._prompt_logprobs(arrays.prompt_logprobs, item, first_row)))
+                scored = self._prompt_logprobs(arrays.prompt_logprobs, item, first_row)
+                last = place + 1 + len(item.draft)
+                more = tuple([one for one in choices[place + 1 : last] if one is not None]) if item.draft else ()
+                out.append(Sampled(item.slot, choices[place], scored, more=more))
             first_row += item.count
         return out
 
     def _prompt_logprobs(self, values: NDArray[np.float32], item: SlotWork, first_row: int) -> tuple[float, ...]:
-        """Of positions start+1 .. start+count, as far as those tokens were known (the last one may be the sampled)."""
+        """Of positions start+1 .. start+count, as far as those tokens were known before the step."""
+            place += 1 + len(item.draft)
         if not self.program.prompt_logprobs[item.slot]:
             return ()
-        known = int(self.program.length[item.slot]) - (1 if item.samples else 0)
+        known = item.start + item.count - len(item.draft) if item.samples else int(self.program.length[item.slot])
         count = max(0, min(item.count, known - 1 - item.start))
         return tuple(values[first_row : first_row + count].tolist())
 
 
 def pairs(ids: NDArray[np.int32], logprobs: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
+def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:
+    """A choice per place; None where no token was chosen or a wrong guess came before."""
+    columns = zip(arrays.token.tolist(), arrays.logprob.tolist(), arrays.top_count.tolist(), strict=True)
+    out: list[TokenChoice | None] = []
+    for place, (token, logprob, top_count) in enumerate(columns):
+        top = pairs(arrays.top_ids[place], arrays.top_logprobs[place], top_count) if top_count else ()
+        out.append(TokenChoice(token, logprob, top) if token >= 0 else None)
+    return out
+
+

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -78,9 +79,18 @@ class LocalRunner:
         if self._lost:
             self._lost.difference_update(admission.slot for admission in step.admissions)
         work = [item for item in step.work if item.slot not in self._lost] if self._lost else step.work
-        sampled = iter(self._executor.run(work) if work else ())
+        sampled = iter(self._compute(work) if work else ())
         answers = tuple(lost(item.slot) if item.slot in self._lost else next(sampled) for item in step.work)
         return StepResult(step.number, answers, time.perf_counter() - started)
+
+    def _compute(self, work: Sequence[SlotWork]) -> list[Sampled]:
+        """A row that fails with guesses behind it is computed again without: a guess may be what is not finite."""
+        sampled = self._executor.run(work)
+        for place, item in enumerate(work):
+            if item.draft and sampled[place].error:
+                alone = replace(item, count=item.count - len(item.draft), draft=())
+                sampled[place] = self._executor.run((alone,))[0]
+        return sampled
 
 
 def lost(slot: int) -> Sampled:

@@ -54,13 +54,17 @@ class SlotTables:
 
 
 def apply(step: Step, tables: Tables) -> None:
-    """Brings the tables to what the step's work needs: releases, admissions, then new blocks."""
+    """Brings the tables to what the step's work needs: releases, admissions, then new blocks and guesses."""
     for slot in step.releases:
         tables.length[slot] = 0
     for admission in step.admissions:
         admit(admission, tables)
     for slot, first, blocks in step.blocks:
         tables.block_table[slot, first : first + len(blocks)] = blocks
+    for item in step.work:
+        if item.draft:  # behind `length`: not known
+            end = item.start + item.count
+            tables.tokens[item.slot, end - len(item.draft) : end] = item.draft
 
 
 def admit(admission: Admission, tables: Tables) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from textmill.core import Sampled, SlotWork
+from textmill.core import Sampled, SlotWork, TokenChoice
 from textmill.kernels import reference
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
@@ -52,19 +52,24 @@ class EagerContext:
 
 
 def wanted_rows(work: Sequence[SlotWork], tables: SlotTables) -> list[int]:
-    """Rows whose logits are needed: all of a slot with prompt log-probabilities, else the last one if it samples."""
+    """Rows whose logits are needed: all of a slot with prompt log-probabilities, else those that sample."""
     rows: list[int] = []
     first = 0
     for item in work:
         if tables.prompt_logprobs[item.slot]:
             rows += range(first, first + item.count)
-        elif item.samples:
-            rows.append(first + item.count - 1)
+        else:
+            rows += range(first + item.count - sampling_rows(item), first + item.count)
         first += item.count
     return rows
 
 
 class TorchExecutor:
+def sampling_rows(item: SlotWork) -> int:
+    """Rows at the end of the item after which a token is chosen: that of the newest known token, and the guesses'."""
+    return 1 + len(item.draft) if item.samples else 0
+
+
     """Runs the model's own Python on every step; keys and values are float32."""
 
     dtype = "float32"
@@ -89,13 +94,13 @@ class TorchExecutor:
         out: list[Sampled] = []
         row = 0
         for item in work:
-            rows = item.count if self.tables.prompt_logprobs[item.slot] else int(item.samples)
+            rows = item.count if self.tables.prompt_logprobs[item.slot] else sampling_rows(item)
             out.append(self._finish(item, logits[row : row + rows]))
             row += rows
         return out
 
     def _finish(self, item: SlotWork, logits: Tensor) -> Sampled:
-        """Log-probabilities of the prompt tokens the rows predicted, then the next token from the last row."""
+        """Log-probabilities of the prompt tokens the rows predicted, then the next token, or tokens."""
         slot, tables = item.slot, self.tables
         known = torch.from_numpy(tables.tokens[slot, : tables.length[slot]])
         scored: tuple[float, ...] = ()
@@ -104,9 +109,24 @@ class TorchExecutor:
             scored = tuple(prompt_logprobs(logits[: len(following)], following).tolist())
         if not item.samples:
             return Sampled(slot, None, scored)
-        token = choose(logits[-1:], [sampling_of(tables, slot)], [known], [int(tables.top_n[slot])])[0]
-        if token is None:
+        chosen = self._choose(item, logits[-sampling_rows(item) :], len(known))
+        if not chosen:
             return Sampled(slot, None, scored, NOT_FINITE)
-        tables.tokens[slot, tables.length[slot]] = token.id
-        tables.length[slot] += 1
-        return Sampled(slot, token, scored)
+        tables.length[slot] += len(chosen)
+        tables.tokens[slot, len(known) : tables.length[slot]] = [token.id for token in chosen]
+        return Sampled(slot, chosen[0], scored, more=tuple(chosen[1:]))
+
+    def _choose(self, item: SlotWork, logits: Tensor, length: int) -> list[TokenChoice]:
+        """A token after the newest known one and after every right guess; none after a row that is not finite."""
+        slot, tables = item.slot, self.tables
+        tokens = torch.from_numpy(tables.tokens[slot])
+        chosen: list[TokenChoice] = []
+        for row, guess in enumerate((*item.draft, None)):
+            known = [tokens[: length + row]]
+            token = choose(logits[row : row + 1], [sampling_of(tables, slot)], known, [int(tables.top_n[slot])])[0]
+            if token is None:
+                break
+            chosen.append(token)
+            if token.id != guess:
+                break
+        return chosen

@@ -12,7 +12,7 @@ from textmill.speculate.ngram import NOWHERE, NgramIndex
 FIRST_STREAK = 2  # right predictions in a row that make a sequence active; doubled by every attempt that did not pay
 LONGEST_STREAK = 64
 WEIGHT = 0.25  # of the newest prediction in the average of how often they are right
-PASS_ROWS = 6.0  # reading all weights once takes as long as the arithmetic of so many rows
+PASS_ROWS = 4.0  # reading all weights once takes as long as the arithmetic of so many rows (2 cores, AVX2)
 HEAD_START = 0.05  # tokens that a stream loses by every step that is not planned ahead
 PATIENCE = 2  # steps that an active sequence goes without having a guess
 

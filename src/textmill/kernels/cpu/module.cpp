@@ -202,19 +202,21 @@ class PyProgram {
     static_assert(sizeof(WorkItem) == 16);
     require(work.shape(1) == 4, "work must be [n, 4]");
     const size_t count = work.shape(0);
-    require(token.size() == count && logprob.size() == count && error.size() == count && top_count.size() == count &&
-                top_ids.shape(0) == count && top_logprobs.shape(0) == count &&
-                top_ids.shape(1) == top_logprobs.shape(1),
-            "run: one result per work item");
     const auto* items = reinterpret_cast<const WorkItem*>(work.data());
-    size_t rows = 0, wanted = 0;
+    size_t rows = 0, wanted = 0, places = 0;
     for (size_t i = 0; i < count; ++i) {
       const size_t own = static_cast<size_t>(std::max(0, items[i].count));
       const bool known = items[i].slot >= 0 && items[i].slot < limits_.max_slots;
       rows += own;
-      wanted += known && (every_row || program_.wants_prompt(items[i].slot)) ? own : items[i].samples != 0;
+      places += static_cast<size_t>(items[i].places());
+      const size_t sampled = static_cast<size_t>(std::max(0, items[i].samples));
+      wanted += known && (every_row || program_.wants_prompt(items[i].slot)) ? own : sampled;
     }
     require(prompt_logprobs.size() == 0 || prompt_logprobs.size() == rows, "run: one prompt log-probability per row");
+    require(token.size() == places && logprob.size() == places && error.size() == places &&
+                top_count.size() == places && top_ids.shape(0) == places && top_logprobs.shape(0) == places &&
+                top_ids.shape(1) == top_logprobs.shape(1),
+            "run: one result per place of the work");
     require(!logits || (logits->shape(0) == wanted && static_cast<int64_t>(logits->shape(1)) == limits_.vocab_size),
             "run: logits must be [output rows, vocabulary]");
     StepOutput out{token.data(), logprob.data(), error.data(), top_count.data(), top_ids.data(), top_logprobs.data(),

@@ -356,11 +356,11 @@ void Program::reset_profile() {
 void Program::check_item(const WorkItem& item) const {
   require(item.slot >= 0 && item.slot < limits_.max_slots, "work: no such slot");
   const int64_t length = table_.length[item.slot];
-  const int64_t end = static_cast<int64_t>(item.start) + item.count;
+  const int64_t end = static_cast<int64_t>(item.start) + item.count, guesses = item.places() - 1;
   require(length >= 0 && length <= limits_.max_total_tokens + 1, "work: a slot's length is out of range");
-  require(item.start >= 0 && item.count > 0 && end <= length, "work: rows beyond the known tokens");
+  require(item.start >= 0 && item.count > guesses && end - guesses <= length, "work: rows beyond the known tokens");
   require(end <= limits_.max_total_tokens, "work: rows beyond max_total_tokens");
-  require(!item.samples || end == length, "work: samples needs the last known token");
+  require(item.samples >= 0 && (!item.samples || end - guesses == length), "work: samples needs the last known token");
   const int32_t* tokens = table_.tokens + item.slot * (limits_.max_total_tokens + 1);
   for (int64_t i = item.start; i < end; ++i) {
     require(tokens[i] >= 0 && tokens[i] < limits_.vocab_size, "work: a token is not in the vocabulary");

@@ -37,18 +37,22 @@ struct SlotTable {
   const uint8_t* prompt_logprobs = nullptr;
 };
 
-// One slot's share of a step, as a row of Python's work array.
+// One slot's share of a step, as a row of Python's work array. After each of its last `samples` rows a token is chosen:
+// the first of them is the newest known one, the others hold guesses, which stand in the table behind `length`.
 struct WorkItem {
   int32_t slot, start, count, samples;
+
+  // Entries of the item in a step's results: one per row that samples, at least one.
+  int32_t places() const { return samples > 1 ? samples : 1; }
 };
 
-// Where a step's results go: one entry per work item, prompt_logprobs one per row (null: nobody asked).
+// Where a step's results go: an item's places stand side by side; prompt_logprobs one per row (null: nobody asked).
 struct StepOutput {
   int32_t* token;
   float* logprob;
   uint8_t* error;
   int32_t* top_count;
-  int32_t* top_ids;  // [items, top_width]
+  int32_t* top_ids;  // [places, top_width]
   float* top_logprobs;
   int64_t top_width;
   float* prompt_logprobs;

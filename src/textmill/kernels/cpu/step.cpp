@@ -26,6 +26,7 @@ void Program::run(const WorkItem* work, int64_t count, const StepOutput& output)
   if (count == 0) return;
   Step step(*this, work, count, output);
   run_job(step);
+  if (output.sample) step.accept();
 }
 
 Step::Step(Program& program, const WorkItem* work, int64_t count, const StepOutput& output)
@@ -39,32 +40,35 @@ void Step::place_rows() {
   for (auto* column : {&tokens_, &positions_, &slots_}) column->reserve(static_cast<size_t>(row_count_));
   items_.reserve(static_cast<size_t>(item_count_));
   row_count_ = 0;
+  for (int64_t i = 0; i < item_count_; ++i) place_item(work_[i], static_cast<int32_t>(i));
+}
+
+void Step::place_item(const WorkItem& item, int32_t index) {
   const SlotTable& table = program_.table_;
-  for (int64_t i = 0; i < item_count_; ++i) {
-    const WorkItem& item = work_[i];
-    const bool prompt = table.prompt_logprobs[item.slot] != 0;
-    const int32_t* tokens = table.tokens + item.slot * (program_.limits_.max_total_tokens + 1);
-    items_.push_back({row_count_, item.start, item.count, item.slot});
-    for (int32_t r = 0; r < item.count; ++r) {
-      const bool samples = item.samples && r == item.count - 1;
-      if (samples || prompt || out_.every_row) {
-        outputs_.push_back({static_cast<int32_t>(row_count_), static_cast<int32_t>(i), samples, prompt});
-      }
-      tokens_.push_back(tokens[item.start + r]);
-      positions_.push_back(item.start + r);
-      slots_.push_back(item.slot);
-      ++row_count_;
+  const bool prompt = table.prompt_logprobs[item.slot] != 0;
+  const int32_t* tokens = table.tokens + item.slot * (program_.limits_.max_total_tokens + 1);
+  const int32_t first_sample = item.count - item.samples;
+  items_.push_back({row_count_, item.start, item.count, item.slot});
+  for (int32_t r = 0; r < item.count; ++r) {
+    const int32_t place = r < first_sample ? -1 : static_cast<int32_t>(place_count_) + r - first_sample;
+    if (place >= 0 || prompt || out_.every_row) {
+      outputs_.push_back({static_cast<int32_t>(row_count_), index, place, prompt});
     }
+    tokens_.push_back(tokens[item.start + r]);
+    positions_.push_back(item.start + r);
+    slots_.push_back(item.slot);
+    ++row_count_;
   }
+  place_count_ += item.places();
 }
 
 void Step::clear_results() {
-  std::fill_n(out_.token, item_count_, -1);
-  std::fill_n(out_.logprob, item_count_, 0.0f);
-  std::fill_n(out_.error, item_count_, uint8_t{0});
-  std::fill_n(out_.top_count, item_count_, 0);
-  std::fill_n(out_.top_ids, item_count_ * out_.top_width, -1);
-  std::fill_n(out_.top_logprobs, item_count_ * out_.top_width, 0.0f);
+  std::fill_n(out_.token, place_count_, -1);
+  std::fill_n(out_.logprob, place_count_, 0.0f);
+  std::fill_n(out_.error, place_count_, uint8_t{0});
+  std::fill_n(out_.top_count, place_count_, 0);
+  std::fill_n(out_.top_ids, place_count_ * out_.top_width, -1);
+  std::fill_n(out_.top_logprobs, place_count_ * out_.top_width, 0.0f);
   if (out_.prompt_logprobs) {
     std::fill_n(out_.prompt_logprobs, row_count_, std::numeric_limits<float>::quiet_NaN());
   }
@@ -327,20 +331,20 @@ void Step::run_output(int64_t index, int thread) {
   if (!out_.sample) return;
   if (wanted.is_prompt && out_.prompt_logprobs) {
     const int32_t slot = work_[wanted.item].slot, next = positions_[static_cast<size_t>(wanted.row)] + 1;
-    // The row that samples ends the known tokens: whatever stands behind it is not a known token.
-    if (!wanted.samples && next < program_.table_.length[slot]) {
+    if (next < program_.table_.length[slot]) {
       const int32_t* tokens = program_.table_.tokens + slot * (program_.limits_.max_total_tokens + 1);
       out_.prompt_logprobs[wanted.row] =
           program_.samplers_[static_cast<size_t>(thread)]->logprob(logits, tokens[next]);
     }
   }
-  if (wanted.samples) choose(wanted, logits, thread);
+  if (wanted.place >= 0) choose(wanted, logits, thread);
 }
 
+// As if the guesses up to this row were right; `accept` drops the choice if they are not.
 void Step::choose(const OutputRow& wanted, float* logits, int thread) {
   const SlotTable& table = program_.table_;
-  const int32_t slot = work_[wanted.item].slot, length = table.length[slot];
-  int32_t* tokens = table.tokens + slot * (program_.limits_.max_total_tokens + 1);
+  const int32_t slot = work_[wanted.item].slot, length = positions_[static_cast<size_t>(wanted.row)] + 1;
+  const int32_t* tokens = table.tokens + slot * (program_.limits_.max_total_tokens + 1);
   SamplingParameters p;
   p.temperature = table.temperature[slot];
   p.top_p = table.top_p[slot];
@@ -351,16 +355,33 @@ void Step::choose(const OutputRow& wanted, float* logits, int thread) {
   p.draws = table.draws[slot] != 0;
   p.seed = table.seed[slot];
   p.top_n = static_cast<int32_t>(std::min<int64_t>(table.top_n[slot], out_.top_width));
-  const int64_t place = wanted.item * out_.top_width;
+  const int64_t tops = wanted.place * out_.top_width;
   const Choice choice = program_.samplers_[static_cast<size_t>(thread)]->choose(
-      logits, p, tokens, length, out_.top_ids + place, out_.top_logprobs + place);
-  out_.token[wanted.item] = choice.token;
-  out_.logprob[wanted.item] = choice.logprob;
-  out_.error[wanted.item] = static_cast<uint8_t>(choice.error);
-  out_.top_count[wanted.item] = choice.top_count;
-  if (choice.error != ChoiceError::kNone) return;
-  tokens[length] = choice.token;
-  table.length[slot] = length + 1;
+      logits, p, tokens, length, out_.top_ids + tops, out_.top_logprobs + tops);
+  out_.token[wanted.place] = choice.token;
+  out_.logprob[wanted.place] = choice.logprob;
+  out_.error[wanted.place] = static_cast<uint8_t>(choice.error);
+  out_.top_count[wanted.place] = choice.top_count;
+}
+
+void Step::accept() {
+  const SlotTable& table = program_.table_;
+  int64_t place = 0;
+  for (int64_t i = 0; i < item_count_; place += work_[i].places(), ++i) {
+    const WorkItem& item = work_[i];
+    int32_t* tokens = table.tokens + item.slot * (program_.limits_.max_total_tokens + 1);
+    int32_t& length = table.length[item.slot];
+    bool right = true;
+    for (int64_t at = place; at < place + item.samples; ++at) {
+      right = right && out_.error[at] == 0;
+      if (!right) {
+        out_.token[at] = -1;
+        continue;
+      }
+      right = at + 1 < place + item.samples && tokens[length] == out_.token[at];
+      tokens[length++] = out_.token[at];
+    }
+  }
 }
 
 }  // namespace textmill

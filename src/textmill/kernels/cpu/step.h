@@ -20,16 +20,20 @@ class Step final : public Job {
   uint32_t next_phase() override;
   void run_chunk(uint32_t chunk, int thread) override;
 
+  // After the job: appends to every slot what was chosen, as far as the guesses were right.
+  void accept();
+
  private:
   // A row whose logits are wanted.
   struct OutputRow {
     int32_t row;     // of the step
     int32_t item;    // of the work
-    bool samples;    // choose a token
+    int32_t place;   // of the results, where the chosen token goes; -1: choose none
     bool is_prompt;  // log-probability of the next known token
   };
 
   void place_rows();
+  void place_item(const WorkItem& item, int32_t index);
   void clear_results();
 
   uint32_t begin_op();
@@ -54,6 +58,7 @@ class Step final : public Job {
   Program& program_;
   const WorkItem* work_;
   int64_t item_count_;
+  int64_t place_count_ = 0;
   const StepOutput& out_;
   const VectorKernels& vector_;
   int threads_ = 1;
