@@ -30,10 +30,10 @@ STEPS = {
     "load-1": Load(1, 4, 128, 64),
     "load-4": Load(4, 8, 128, 64),
     "load-8": Load(8, 16, 128, 64),
-    "load-16": Load(16, 32, 128, 64),
-    "load-32": Load(32, 64, 128, 64),
+    "load-16": Load(16, 16, 128, 64),
+    "load-32": Load(32, 32, 128, 64),
     "short-1": Load(1, 3, 16, 128),
-    "short-32": Load(32, 64, 16, 128),
+    "short-32": Load(32, 32, 16, 128),
     "prefix": Load(1, 6, 16, 8, shared_prefix_tokens=2000),
     "arrival": Load(8, 8, 64, 256),
 }
