@@ -184,7 +184,9 @@ class Settings:
     log_colorize: bool | None = setting(
         None, LOGS, "Colours in plain lines (true or false).", default_help="on a terminal only"
     )
-    profile: bool = setting(False, LOGS, "Log every 5 seconds how much each of the engine's numbers grew.")
+    profile: bool = setting(
+        False, LOGS, "Log every 10 seconds what each kernel took, and how near it came to the machine's limits."
+    )
 
     waiting_served_ratio: float = setting(0.3, NO_EFFECT, "Prompts are cut into chunks; nothing waits for a ratio.")
     max_waiting_tokens: int = setting(20, NO_EFFECT, "Prompts are cut into chunks; nothing waits for decode steps.")

@@ -19,6 +19,7 @@ class Scripted:
     weight_bytes = 0
     buffer_bytes = 0
     dtype = "float32"
+    compute_seconds = 0.0
 
     def __init__(self) -> None:
         self.tables = SlotTables(2, 16, 4)

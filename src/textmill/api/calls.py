@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -111,7 +111,9 @@ class Sequence:
                     if self.generation.finish is not None:
                         break
                     if last:
-                        yield last
+                        given = thread_time()
+                        yield last  # whoever asked turns them into events and writes these
+                        state.metrics.step_seconds.add(thread_time() - given, ("http",))
             if self.generation.finish is None:
                 raise IncompleteGeneration
             outcome = "completed"
@@ -124,9 +126,11 @@ class Sequence:
 
     def _take(self, emission: Emission) -> list[TokenStep]:
         """Clock an emission in, and turn it into steps."""
+        metrics, times, began = self.call.state.metrics, self.call.times, thread_time()
         steps = self.generation.push(emission)
+        metrics.step_seconds.add(thread_time() - began, ("text",))
         if steps:
-            now, metrics, times = perf_counter(), self.call.state.metrics, self.call.times
+            now = perf_counter()
             if self.last is None:
                 times.first(now, emission.queue_ns)
                 metrics.first_token.observe(now - times.arrival)

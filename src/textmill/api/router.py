@@ -110,6 +110,7 @@ async def run_router(
     await engine.connect(ENGINE_WAIT)
     try:
         state = build_state(settings, place, engine, tokenizer, await engine.info(), compute_type)
+        engine.on_received = lambda seconds: state.metrics.step_seconds.add(seconds, ("receive",))
         await serve(state, socket.socket(fileno=place.listen_fd), place.private_socket(place.index), on_ready)
     finally:
         await engine.close()

@@ -98,7 +98,7 @@ def beat(engine: Engine, status: StatusPipe) -> None:
 
 
 def log_gains(engine: Engine) -> None:
-    """What `--profile` asks for: every few seconds, how much each of the engine's numbers grew."""
+    """Beside the runner's tables of kernels: how much each of the engine's numbers grew."""
     before = engine.stats()
     while True:
         time.sleep(SECONDS_BETWEEN_PROFILES)

@@ -200,9 +200,9 @@ class Engine:
         return not stopping
 
     def _plan(self) -> Step | None:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         step = self._scheduler.schedule()
-        self._counters.schedule_seconds += time.perf_counter() - begin
+        self._counters.schedule_seconds += time.thread_time() - begin
         if step is None and not self._in_flight and self._scheduler.busy:
             raise RuntimeError("requests are waiting, but nothing can be planned")  # a bug; better loud than spinning
         return step
@@ -223,10 +223,11 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - fault boundary: a step that breaks fails its own requests only
             self._lose(step, error)
             return
-        begin = time.perf_counter()
+        begin, ran = time.perf_counter(), time.thread_time()
         prefill = self._scheduler.is_prefill(step)
         self._deliver(self._scheduler.update(step, result))
         self._counters.step_digested(time.perf_counter() - begin, prefill)
+        self._counters.update_seconds += time.thread_time() - ran
 
     def _lose(self, step: Step, error: Exception) -> None:
         log.error("step %d failed", step.number, exc_info=error)

@@ -4,7 +4,8 @@ Counters (since start):
   requests_accepted, requests_completed, requests_failed, requests_cancelled: the ledger, together with the gauge
     requests_live: accepted == completed + failed + cancelled + live, always
   steps, steps_failed, forward_seconds (the runner's own clock; compute_seconds of it in kernels), schedule_seconds,
-    update_seconds (the engine's work), send_seconds (turning tokens into messages and sending them)
+    update_seconds (the engine's work), send_seconds (turning tokens into messages and sending them; these three are
+    processor time)
   prompt_tokens, prefix_hit_tokens, computed_tokens, generated_tokens, void_rows, preemptions
   speculated_tokens_{accepted,rejected}: guesses that the model computed (among computed_tokens)
   batch_inference_count_{prefill,decode}, batch_inference_success_{...}, batch_inference_failure_{...}: steps by
@@ -76,7 +77,6 @@ class Counters:
             self.batch_inference_success_decode += 1
 
     def step_digested(self, seconds: float, prefill: bool) -> None:
-        self.update_seconds += seconds
         self.histograms.observe("tgi_batch_decode_duration", seconds, "prefill" if prefill else "decode")
 
     def step_failed(self, prefill: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -202,6 +203,7 @@ class Program:
         self.seed = np.zeros(max_slots, np.uint64)
         self.top_n = np.zeros(max_slots, np.int32)
         self.prompt_logprobs = np.zeros(max_slots, np.uint8)
+        self.compute_seconds = 0.0  # spent in native code by all steps so far
         self._kept: dict[int, tuple[Array, NDArray[np.float32]]] = {}
         self._weights: dict[int, NativeWeight] = {}
         sizes = (max_rows, max_outputs, max_slots, max_total_tokens, block_size, vocab_size, kv_dtype == "float16")
@@ -322,10 +324,10 @@ class Program:
         """Computes the rows (slot, start, count, samples) of `work` int32 [n, 4] and chooses tokens where `samples`.
 
         A chosen token is appended to its slot (tokens, length). `samples` asks for start + count == length[slot].
-        ValueError, before anything is touched: work that the table, the cache or the program's limits do not allow.
-        """
         samples = 1 + d verifies d guesses that stand in `tokens` behind `length` and are among the `count` rows: a
         token is chosen after each of the last 1 + d rows, and those up to the first wrong guess are appended.
+        ValueError, before anything is touched: work that the table, the cache or the program's limits do not allow.
+        """
         return self._step(work, None, sample=True, every_row=False)
 
     def logits(self, work: NDArray[np.int32], *, every_row: bool = False) -> NDArray[np.float32]:
@@ -353,7 +355,9 @@ class Program:
             np.empty(max(rows, 0), np.float32),
         )
         arrays = (out.token, out.logprob, out.error, out.top_count, out.top_ids, out.top_logprobs, out.prompt_logprobs)
+        started = time.perf_counter()
         self._native.run(np.ascontiguousarray(work, np.int32), *arrays, logits, sample, every_row)
+        self.compute_seconds += time.perf_counter() - started
         return out
 
     def set_profiling(self, enabled: bool) -> None:

@@ -10,7 +10,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-# Both sides add their parts: the engine compute, runner, schedule, update and send, routers receive, text and http.
+# Both sides add their parts: the engine compute and runner as the clock runs, and, in processor time, schedule, update
+# and send; routers receive, text and http. Those threads wait for many things at once, so the clock would say too much.
 STEP_SECONDS = "textmill_step_seconds"
 STEP_SECONDS_TEXT = "Time spent on steps and their tokens, by part of the house."
 

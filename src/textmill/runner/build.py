@@ -12,9 +12,11 @@ from textmill.config import Settings
 from textmill.core import EngineInfo, RunnerLimits
 from textmill.errors import ConfigError
 from textmill.kernels.dispatch import native_available
+from textmill.kernels.limits import machine_limits
 from textmill.layers.causal_lm import CausalLM
 from textmill.models.registry import build_model
 from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache
+from textmill.runner.profile import Profiler
 from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.warmup import warm_up
 from textmill.weights.checkpoint import Checkpoint, open_checkpoint
@@ -60,7 +62,8 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     seconds = warm_up(executor, limits)
     check_all_read(checkpoint)
     report("warmup", "first step done", seconds=seconds)
-    return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor.dtype)
+    profiler = profiler_of(executor) if settings.profile else None
+    return LocalRunner(executor, limits, profiler), engine_info(settings, source, c, limits, executor.dtype)
 
 
 def uses_native(settings: Settings) -> bool:
@@ -112,6 +115,12 @@ def build_executor(
 
     plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE))
     return TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks), plan
+
+
+def profiler_of(executor: Executor) -> Profiler | None:
+    """What times the kernels of steps from now on; None where there are no native ones."""
+    program = getattr(executor, "program", None)
+    return None if program is None else Profiler(program, machine_limits(), packed=executor.dtype == "packed")
 
 
 def sized(settings: Settings, shape: Shape, bytes_per_block: int) -> CachePlan:

@@ -56,6 +56,10 @@ class NativeExecutor:
     def buffer_bytes(self) -> int:
         return self.program.arena_bytes
 
+    @property
+    def compute_seconds(self) -> float:
+        return self.program.compute_seconds
+
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         rows = np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
         arrays = self.program.run(rows)
@@ -72,11 +76,11 @@ class NativeExecutor:
                 more = tuple([one for one in choices[place + 1 : last] if one is not None]) if item.draft else ()
                 out.append(Sampled(item.slot, choices[place], scored, more=more))
             first_row += item.count
+            place += 1 + len(item.draft)
         return out
 
     def _prompt_logprobs(self, values: NDArray[np.float32], item: SlotWork, first_row: int) -> tuple[float, ...]:
         """Of positions start+1 .. start+count, as far as those tokens were known before the step."""
-            place += 1 + len(item.draft)
         if not self.program.prompt_logprobs[item.slot]:
             return ()
         known = item.start + item.count - len(item.draft) if item.samples else int(self.program.length[item.slot])
@@ -84,8 +88,6 @@ class NativeExecutor:
         return tuple(values[first_row : first_row + count].tolist())
 
 
-def pairs(ids: NDArray[np.int32], logprobs: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
 def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:
     """A choice per place; None where no token was chosen or a wrong guess came before."""
     columns = zip(arrays.token.tolist(), arrays.logprob.tolist(), arrays.top_count.tolist(), strict=True)
@@ -96,3 +98,5 @@ def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:
     return out
 
 
+def pairs(ids: NDArray[np.int32], logprobs: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from textmill.core import RunnerLimits, Sampled, SlotWork, Step, StepResult
+from textmill.runner.profile import Profiler
 from textmill.runner.slots import Tables, apply
 
 
@@ -28,6 +29,10 @@ class Executor(Protocol):
     @property
     def dtype(self) -> str: ...
 
+    @property
+    def compute_seconds(self) -> float:
+        """Spent in kernels by all steps so far."""
+
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]: ...
 
 
@@ -37,8 +42,9 @@ class LocalRunner:
     Slots of a lost step are void until they are admitted anew: rows that later steps planned for them get an error.
     """
 
-    def __init__(self, executor: Executor, limits: RunnerLimits) -> None:
+    def __init__(self, executor: Executor, limits: RunnerLimits, profiler: Profiler | None = None) -> None:
         self.limits = limits
+        self._profiler = profiler
         self._executor = executor
         self._lost: set[int] = set()
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
@@ -64,6 +70,8 @@ class LocalRunner:
     def close(self) -> None:
         self._steps.put(None)
         self._thread.join()
+        if self._profiler is not None:
+            self._profiler.report()
 
     def _loop(self) -> None:
         while (step := self._steps.get()) is not None:
@@ -74,14 +82,19 @@ class LocalRunner:
                 self._results.put(error)
 
     def _run(self, step: Step) -> StepResult:
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), self._executor.compute_seconds
         apply(step, self._executor.tables)
         if self._lost:
             self._lost.difference_update(admission.slot for admission in step.admissions)
         work = [item for item in step.work if item.slot not in self._lost] if self._lost else step.work
+        if self._profiler is not None:
+            self._profiler.begin(sum(item.count for item in work))
         sampled = iter(self._compute(work) if work else ())
         answers = tuple(lost(item.slot) if item.slot in self._lost else next(sampled) for item in step.work)
-        return StepResult(step.number, answers, time.perf_counter() - started)
+        computed = self._executor.compute_seconds - computed
+        if self._profiler is not None:
+            self._profiler.end(computed)
+        return StepResult(step.number, answers, time.perf_counter() - started, computed)
 
     def _compute(self, work: Sequence[SlotWork]) -> list[Sampled]:
         """A row that fails with guesses behind it is computed again without: a guess may be what is not finite."""

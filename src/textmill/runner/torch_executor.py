@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -64,12 +65,12 @@ def wanted_rows(work: Sequence[SlotWork], tables: SlotTables) -> list[int]:
     return rows
 
 
-class TorchExecutor:
 def sampling_rows(item: SlotWork) -> int:
     """Rows at the end of the item after which a token is chosen: that of the newest known token, and the guesses'."""
     return 1 + len(item.draft) if item.samples else 0
 
 
+class TorchExecutor:
     """Runs the model's own Python on every step; keys and values are float32."""
 
     dtype = "float32"
@@ -80,6 +81,7 @@ def sampling_rows(item: SlotWork) -> int:
         self, model: CausalLM, max_slots: int, max_total_tokens: int, block_size: int, num_blocks: int
     ) -> None:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)
+        self.compute_seconds = 0.0
         self.logits = torch.empty(0)  # of the last step's wanted rows, for tests
         self._model = model
         self._cache = [
@@ -89,7 +91,9 @@ def sampling_rows(item: SlotWork) -> int:
 
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
+        started = time.perf_counter()
         logits = self._model(EagerContext(work, self.tables, self._cache))
+        self.compute_seconds += time.perf_counter() - started
         self.logits = logits
         out: list[Sampled] = []
         row = 0

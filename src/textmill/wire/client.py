@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -53,6 +54,7 @@ class EngineClient:
         self._outgoing = asyncio.Event()
         self._linked = asyncio.Event()
         self._last_id = 0
+        self.on_received: Callable[[float], None] = lambda seconds: None  # hears what each message took to take in
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -118,6 +120,7 @@ class EngineClient:
             self._outgoing.set()
 
     def _dispatch(self, batch: pb.StepBatch) -> None:
+        started = time.thread_time()
         for emission in emissions_from_batch(batch):
             inbox = self._inboxes.get(emission.request_id)
             if inbox is None:
@@ -125,6 +128,7 @@ class EngineClient:
             inbox.put_nowait(emission)
             if emission.finish:
                 del self._inboxes[emission.request_id]
+        self.on_received(time.thread_time() - started)
 
     def _fail_all(self, text: str) -> None:
         inboxes, self._inboxes = self._inboxes, {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,7 @@ class RouterStream:
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[int, int] = {}
         self._pending: list[Emission] = []
+        self.send_seconds = 0.0
         self._step = 0
         self._ready = asyncio.Event()
         self._ended = False
@@ -72,7 +74,9 @@ class RouterStream:
             await self._ready.wait()
             pending, self._pending = self._pending[:ROWS_PER_MESSAGE], self._pending[ROWS_PER_MESSAGE:]
             if pending:
+                started = time.thread_time()
                 yield batch_from_emissions(self._step, pending)
+                self.send_seconds += time.thread_time() - started
             if not self._pending and not self._ended:
                 self._ready.clear()
 
@@ -104,6 +108,7 @@ class EngineService:
         self._engine = engine
         self._info = reply_from_info(info)
         self._streams: set[RouterStream] = set()
+        self._send_seconds = 0.0  # of streams that have ended
 
     def end_streams(self) -> None:
         """Let every stream send what it has and close."""
@@ -120,6 +125,7 @@ class EngineService:
                 await context.write(batch)
         finally:
             self._streams.discard(stream)
+            self._send_seconds += stream.send_seconds
             stream.cancel_all()
             reader.cancel()
             await asyncio.wait([reader])
@@ -141,7 +147,8 @@ class EngineService:
         return reply_from_health(self._engine.health())
 
     async def stats(self, request: pb.StatsRequest, context: object) -> pb.StatsReply:
-        return reply_from_stats(self._engine.stats())
+        sent = self._send_seconds + sum(stream.send_seconds for stream in self._streams)
+        return reply_from_stats(self._engine.stats() | {"send_seconds": sent})
 
     def handler(self) -> grpc.GenericRpcHandler[Message, Message]:
         def unary(method: Callable[..., object], request: type[Message], reply: type[Message]) -> MethodHandler:

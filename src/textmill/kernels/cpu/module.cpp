@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "limits.h"
 #include "program.h"
 #include "threads.h"
 
@@ -212,11 +213,11 @@ class PyProgram {
       const size_t sampled = static_cast<size_t>(std::max(0, items[i].samples));
       wanted += known && (every_row || program_.wants_prompt(items[i].slot)) ? own : sampled;
     }
-    require(prompt_logprobs.size() == 0 || prompt_logprobs.size() == rows, "run: one prompt log-probability per row");
     require(token.size() == places && logprob.size() == places && error.size() == places &&
                 top_count.size() == places && top_ids.shape(0) == places && top_logprobs.shape(0) == places &&
                 top_ids.shape(1) == top_logprobs.shape(1),
             "run: one result per place of the work");
+    require(prompt_logprobs.size() == 0 || prompt_logprobs.size() == rows, "run: one prompt log-probability per row");
     require(!logits || (logits->shape(0) == wanted && static_cast<int64_t>(logits->shape(1)) == limits_.vocab_size),
             "run: logits must be [output rows, vocabulary]");
     StepOutput out{token.data(), logprob.data(), error.data(), top_count.data(), top_ids.data(), top_logprobs.data(),
@@ -266,6 +267,11 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(matmul_instruction_set()); });
   m.def("set_instruction_set", &set_instruction_set);
   m.def("set_threads", &set_threads);
+  m.def("measure_limits", [](size_t buffer_bytes, double seconds) {
+    nb::gil_scoped_release release;
+    const MachineLimits found = measure_limits(buffer_bytes, seconds);
+    return std::tuple(found.threads, found.read_gb_s, found.byte_gmac_s, found.float_gmac_s);
+  });
   m.def("pack_weight", &pack_weight, nb::arg("codes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("zero"),
         nb::arg("bits"), nb::arg("group"));
   m.def("dense_weight", &dense_weight);
