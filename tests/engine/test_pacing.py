@@ -41,7 +41,7 @@ def test_nothing_is_bounded_while_nobody_decodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decoding", "newcomers", "bounded"), [(1, 1, True), (4, 4, False), (8, 7, True), (2, 9, False)]
+    ("decoding", "newcomers", "bounded"), [(1, 1, True), (4, 2, False), (8, 3, True), (8, 4, False), (2, 9, False)]
 )
 def test_a_burst_of_newcomers_goes_first(decoding: int, newcomers: int, bounded: bool) -> None:
     assert (taught().allowance(decoding, decoding, newcomers) is not None) is bounded
@@ -66,6 +66,10 @@ def test_counts_not_seen_yet_borrow_from_the_nearest() -> None:
     pacing.observe(8, 0, 0.020)
     assert pacing.quiet_seconds(7) == 0.020
     assert pacing.quiet_seconds(3) == 0.010
+    pacing.observe(8, 100, 0.020 + 100 * TOKEN)
+    assert pacing.quiet_seconds(3) == pytest.approx(0.010 + TOKEN)
+    assert pacing.quiet_seconds(7) == pytest.approx(0.020 - TOKEN)
+    assert pacing.quiet_seconds(18) == pytest.approx(0.020 + 10 * TOKEN)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99), st.floats(0, 1e6)), max_size=20))

@@ -21,7 +21,7 @@ class Pacing:
 
     def observe(self, decode_tokens: int, prompt_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
-        if seconds <= 0:
+        if seconds <= 0 or decode_tokens + prompt_tokens < 1:
             return
         if not prompt_tokens:
             self._quiet[decode_tokens] = average(self._quiet.get(decode_tokens, 0.0), seconds)
@@ -30,20 +30,23 @@ class Pacing:
             self._prompt_token = average(self._prompt_token, more / prompt_tokens)
 
     def quiet_seconds(self, decode_tokens: int) -> float:
-        """What a step without prompts takes; known steps of about as many tokens speak for others."""
-        found = self._quiet.get(decode_tokens)
-        if found is None and self._quiet:
-            found = self._quiet[min(self._quiet, key=lambda tokens: abs(tokens - decode_tokens))]
-        return found or 0.0
+        """What a step without prompts takes; 0: not known. The nearest known step speaks for others: each token more
+        or less costs what a prompt's does, but a smaller step at least its share."""
+        if not self._quiet:
+            return 0.0
+        nearest = min(self._quiet, key=lambda tokens: abs(tokens - decode_tokens))
+        known = self._quiet[nearest]
+        guess = known + (decode_tokens - nearest) * self._prompt_token
+        return max(guess, known * min(1.0, decode_tokens / nearest))
 
     def allowance(self, decode_tokens: int, decoding: int, newcomers: int) -> int | None:
         """The most prompt tokens beside `decoding` streams; None: no bound.
 
-        A burst goes first: where as many sequences (and more than one) wait for their first token as are decoding,
-        holding them back would cost more than the pause.
+        A burst goes first: where half as many sequences as are decoding, and more than one, wait for their first
+        token, holding these back would cost more than the pause.
         """
         quiet = self.quiet_seconds(decode_tokens)
-        if not decoding or newcomers >= max(decoding, 2) or not quiet or not self._prompt_token:
+        if not decoding or newcomers >= max(decoding / 2, 2) or not quiet or not self._prompt_token:
             return None
         return max(FEWEST, int((STRETCH - 1) * quiet / self._prompt_token))
 
