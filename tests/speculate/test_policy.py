@@ -9,7 +9,6 @@ import pytest
 
 from textmill.speculate.policy import FIRST_STREAK, LONGEST_STREAK, Guesser, price
 
-ALONE = price(1)
 LONGEST = 6
 
 
@@ -23,21 +22,21 @@ class Account:
 
 def generate(prompt: list[int], output: list[int], rows: int = 1, longest: int = LONGEST) -> Account:
     """Plays an engine that is certain to sample `output` after the prompt."""
-    known, cost, account = list(prompt), price(rows), Account()
+    known, account = list(prompt), Account()
     guesser = Guesser(known, longest)
     while len(known) < len(prompt) + len(output):
         ahead = output[len(known) - len(prompt) :]
-        draft = guesser.draft(cost, len(ahead) - 1) if guesser.active else ()
+        draft = guesser.draft(rows, len(ahead) - 1) if guesser.active else ()
         right = next((i for i, token in enumerate(draft) if token != ahead[i]), len(draft))
         account.steps += 1
         account.planned_late += guesser.active
         account.guessed += len(draft)
         account.right += right
         if draft:
-            guesser.judge(cost, len(draft), right)
+            guesser.judge(rows, len(draft), right)
         for token in ahead[: right + 1]:
             known.append(token)
-            guesser.take(cost)
+            guesser.take(rows)
     return account
 
 
@@ -75,7 +74,7 @@ def test_where_nothing_repeats_nothing_is_tried() -> None:
 def test_where_little_repeats_little_is_lost(seed: int) -> None:
     """Frequent pairs of few words: predictions abound and are mostly wrong."""
     account = generate(words(300, seed, vocabulary=8), words(400, seed + 100, vocabulary=8))
-    lost = account.guessed * ALONE - account.right
+    lost = account.guessed * price(1) - account.right
     assert lost < 0.02 * 400
     assert account.planned_late < 0.1 * 400
 
@@ -106,8 +105,8 @@ def test_a_draft_has_no_more_than_was_asked_for() -> None:
     guesser = Guesser(known, LONGEST)
     for token in passage[20:40]:
         known.append(token)
-        guesser.take(ALONE)
+        guesser.take(1)
     assert guesser.active
-    assert guesser.draft(ALONE, 100) == tuple(passage[40 : 40 + LONGEST])
-    assert guesser.draft(ALONE, 2) == tuple(passage[40:42])
-    assert guesser.draft(ALONE, 0) == ()
+    assert guesser.draft(1, 100) == tuple(passage[40 : 40 + LONGEST])
+    assert guesser.draft(1, 2) == tuple(passage[40:42])
+    assert guesser.draft(1, 0) == ()

@@ -13,7 +13,7 @@ from textmill.engine.blocks import BlockPool
 from textmill.engine.plan import Plan, Row
 from textmill.engine.sequence import Sequence
 from textmill.engine.stats import Counters
-from textmill.speculate.policy import Guesser, price
+from textmill.speculate.policy import Guesser
 
 
 class Drafts:
@@ -43,7 +43,7 @@ class Drafts:
                 sequence.limit - sequence.planned_length,
                 self._stored(sequence, len(running)) - len(sequence.tokens),
             )
-            draft = sequence.guesser.draft(price(plan.decode_tokens), room)
+            draft = sequence.guesser.draft(plan.decode_tokens, room)
             draft = cut(draft, sequence.request.stop_tokens)
             if draft:
                 row.work = replace(work, count=1 + len(draft), draft=draft)
@@ -57,12 +57,12 @@ class Drafts:
         if guessed and row.sequence.guesser is not None:
             self._counters.speculated_tokens_accepted += right
             self._counters.speculated_tokens_rejected += guessed - right
-            row.sequence.guesser.judge(price(running), guessed, right)
+            row.sequence.guesser.judge(running, guessed, right)
 
     def learn(self, sequence: Sequence, running: int) -> None:
         """One token was appended. The first one finds the prompt not indexed yet, so that it is not delayed."""
         if sequence.guesser is not None:
-            sequence.guesser.take(price(running))
+            sequence.guesser.take(running)
         elif self._longest and sequence.started:
             sequence.guesser = Guesser(sequence.tokens, self._longest)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from textmill.speculate.ngram import NOWHERE, NgramIndex
 
-FIRST_STREAK = 2  # right predictions in a row that make a sequence active; doubled by every attempt that did not pay
+FIRST_STREAK = 1  # right predictions in a row that make a sequence active; doubled by every attempt that did not pay
 LONGEST_STREAK = 64
 WEIGHT = 0.25  # of the newest prediction in the average of how often they are right
 PASS_ROWS = 4.0  # reading all weights once takes as long as the arithmetic of so many rows (2 cores, AVX2)
@@ -38,8 +38,9 @@ class Guesser:
         self._waits = 0
         self._balance = 0.0  # tokens won by the current attempt
 
-    def take(self, cost: float) -> None:
-        """One token was appended; `cost` is the present price of a row."""
+    def take(self, rows: int) -> None:
+        """One token was appended; steps have so many rows at present."""
+        cost = price(rows)
         self._compare()
         self._index.extend()
         if self._streak == 0:
@@ -50,8 +51,8 @@ class Guesser:
         elif self._rate < cost:
             self._rest()
 
-    def draft(self, cost: float, room: int) -> tuple[int, ...]:
-        """At most `room` tokens that may follow: as many as are likely enough to be worth their rows."""
+    def draft(self, rows: int, room: int) -> tuple[int, ...]:
+        """At most `room` tokens that may follow: as many as are likely enough to be worth a row beside `rows`."""
         if self._place == NOWHERE:
             self._waits += 1
             if self._waits > PATIENCE:
@@ -59,14 +60,14 @@ class Guesser:
             return ()
         self._waits = 0
         count, chance = 0, self._rate
-        while count < min(self._longest, room) and chance > cost:
+        while count < min(self._longest, room) and chance > price(rows + count):
             count += 1
             chance *= self._rate
         return self._index.read(self._place, count)
 
-    def judge(self, cost: float, guessed: int, right: int) -> None:
+    def judge(self, rows: int, guessed: int, right: int) -> None:
         """What became of a draft, told before its tokens are taken."""
-        self._balance += right - cost * guessed - HEAD_START
+        self._balance += right - price(rows) * guessed - HEAD_START
 
     def _compare(self) -> None:
         if self._place == NOWHERE:
