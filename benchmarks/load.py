@@ -1,5 +1,7 @@
 """A closed-loop load generator for /v1/completions streams: exact token counts, times per token, little overhead.
 
+Also the figures made of what clients saw; engines without a server take their prompts and figures from here too.
+
 Speaks HTTP/1.1 on a plain asyncio socket (about 20 us per event), so that on a small machine the generator does not
 become what is measured. Prompts are common English words, one token each in byte-pair vocabularies; every prompt
 differs from its first word on unless a shared prefix is asked for.
@@ -11,6 +13,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WORDS = (  # noqa: SIM905 - words read better than quoted items
@@ -20,6 +23,8 @@ WORDS = (  # noqa: SIM905 - words read better than quoted items
     "friend father power hour game line end member law car city community name president team minute idea body "
     "information back parent face others level office door health person art war history party result change morning"
 ).split()
+
+ARRIVAL_AFTER_S = 1.5  # how long streams run in quiet before a long prompt arrives beside them
 
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -108,6 +113,19 @@ async def run(port: int, load: Load, extra: dict[str, object]) -> tuple[list[Ans
     return answers, time.perf_counter() - started
 
 
+def long_prompt(load: Load) -> str:
+    """The prompt that arrives among the streams of `load`."""
+    return prompts(Load(1, 1, 2048, 1, seed=load.seed + "intruder"))[0]
+
+
+async def run_arrival(port: int, load: Load, extra: dict[str, object]) -> tuple[list[Answer], Answer]:
+    """The answers of streams that all run at once, and that of a long prompt that arrives beside them."""
+    streams = [asyncio.create_task(ask(port, text, load.output_tokens, extra)) for text in prompts(load)]
+    await asyncio.sleep(ARRIVAL_AFTER_S)
+    long = await ask(port, long_prompt(load), 1, extra)
+    return list(await asyncio.gather(*streams)), long
+
+
 def percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
@@ -116,11 +134,15 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def figures(load: Load, answers: list[Answer], wall_s: float) -> dict[str, float]:
-    """Named figures of one run: rates in tokens/s, times in ms."""
+def refuse_failed(answers: Sequence[Answer]) -> None:
     failed = [a.error for a in answers if a.error]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(answers)} requests failed; the first: {failed[0]}")
+
+
+def figures(load: Load, answers: list[Answer], wall_s: float) -> dict[str, float]:
+    """Named figures of one run: rates in tokens/s, times in ms."""
+    refuse_failed(answers)
     firsts = [a.first_token_s * 1e3 for a in answers]
     gaps = [gap * 1e3 for a in answers for gap in a.gaps_s]
     out = {
@@ -130,6 +152,8 @@ def figures(load: Load, answers: list[Answer], wall_s: float) -> dict[str, float
         "ttft_ms_later": percentile(firsts[1:] or firsts, 50),
         "prefill_tok_s": load.prompt_tokens / percentile(firsts, 50) * 1e3,
     }
+    if load.shared_prefix_tokens:
+        out["ttft_ms_cold"] = firsts[0]
     if gaps:
         out |= {
             "gap_ms_p50": percentile(gaps, 50),
@@ -137,3 +161,22 @@ def figures(load: Load, answers: list[Answer], wall_s: float) -> dict[str, float
             "decode_tok_s": 1e3 / (sum(gaps) / len(gaps)) if load.clients == 1 else 0.0,
         }
     return out
+
+
+def arrival_figures(answers: list[Answer], long: Answer) -> dict[str, float]:
+    """Gaps of running streams before, and while, a long prompt was computed beside them."""
+    refuse_failed([*answers, long])
+    quiet, during = [], []
+    for answer in answers:
+        for before, after in zip(answer.arrivals, answer.arrivals[1:], strict=False):
+            if after <= long.sent:
+                quiet.append((after - before) * 1e3)
+            elif before < long.arrivals[0]:
+                during.append((after - before) * 1e3)
+    if not quiet or not during:
+        return {}
+    return {
+        "gap_ms_p95_quiet": percentile(quiet, 95),
+        "gap_ms_p95_arrival": percentile(during, 95),
+        "arrival_ttft_ms": long.first_token_s * 1e3,
+    }

@@ -11,8 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 PEERS = Path(os.environ.get("TEXTMILL_PEERS", Path.home() / ".cache" / "textmill-peers"))
 
@@ -81,31 +83,20 @@ def model_for(server: Server, model: Path) -> Path:
     return target
 
 
-class Running:
-    """A started server, ready when constructed; a context manager that stops it and all its children."""
+class Started:
+    """A started program with a log; a context manager that stops it and all its children."""
 
-    def __init__(self, server: Server, model: Path, port: int, threads: int, log: Path) -> None:
-        values = {"model": model_for(server, model), "port": port, "threads": threads, "python": sys.executable}
-        command = shlex.split(server.command.format(dir=llama_directory(), **values))
+    def __init__(self, command: Sequence[str | Path], log: Path, pipes: bool = False) -> None:
+        """With `pipes` its standard input and output are ours, line by line; its errors go to the log all the same."""
         self._log = log.open("ab")
-        started = time.perf_counter()
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
-        self.startup_s = self._wait_ready(f"http://127.0.0.1:{port}/health", started)
+        output, given = (subprocess.PIPE, subprocess.PIPE) if pipes else (self._log, subprocess.DEVNULL)
+        errors = self._log if pipes else subprocess.STDOUT
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(
+            command, stdin=given, stdout=output, stderr=errors, start_new_session=True, text=True
+        )
 
-    def _wait_ready(self, url: str, started: float, limit_s: float = 120.0) -> float:
-        while time.perf_counter() - started < limit_s:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server exited with {self.process.returncode}; see {self._log.name}")
-            try:
-                with urllib.request.urlopen(url, timeout=2) as response:
-                    if response.status == 200:
-                        return time.perf_counter() - started
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.02)
-        self.__exit__()
-        raise TimeoutError(f"no answer from {url} in {limit_s} s; see {self._log.name}")
-
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -127,6 +118,28 @@ class Running:
                 parents[int(entry.name)] = int(fields.get("PPid", "0"))
                 peaks[int(entry.name)] = int(fields.get("VmHWM", "0 kB").split()[0])
         return sum(peak for pid, peak in peaks.items() if descends(pid, self.process.pid, parents)) / 1024
+
+
+class Running(Started):
+    """A started server, ready when constructed."""
+
+    def __init__(self, server: Server, model: Path, port: int, threads: int, log: Path) -> None:
+        values = {"model": model_for(server, model), "port": port, "threads": threads, "python": sys.executable}
+        super().__init__(shlex.split(server.command.format(dir=llama_directory(), **values)), log)
+        self.startup_s = self._wait_ready(f"http://127.0.0.1:{port}/health")
+
+    def _wait_ready(self, url: str, limit_s: float = 120.0) -> float:
+        while time.perf_counter() - self.started < limit_s:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server exited with {self.process.returncode}; see {self._log.name}")
+            try:
+                with urllib.request.urlopen(url, timeout=2) as response:
+                    if response.status == 200:
+                        return time.perf_counter() - self.started
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.02)
+        self.__exit__()
+        raise TimeoutError(f"no answer from {url} in {limit_s} s; see {self._log.name}")
 
 
 def status(entry: Path) -> dict[str, str]:

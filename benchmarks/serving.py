@@ -1,28 +1,32 @@
 #!/usr/bin/env python3
-"""Serves one GGUF file with textmill and with llama.cpp's llama-server, alternately, and compares what clients feel.
+"""Serves one GGUF file with textmill, llama.cpp's llama-server and OpenVINO GenAI in turn; compares what clients feel.
 
   python benchmarks/serving.py                          all steps, 5 alternating rounds, writes results/serving.jsonl
   python benchmarks/serving.py --steps load-32 --rounds 3 --servers textmill
   python benchmarks/serving.py --report                 only the table from the results there are
 
-Every round starts each server anew (start-up is measured each time), waits for a quiet machine, warms it with one
+Every round starts each of them anew (start-up is measured each time), waits for a quiet machine, warms it with one
 request and runs the steps. Figures are medians over rounds with (least-most); a ratio above 1 is in textmill's favour.
+openvino-genai has no server: it runs in its own process and pays for no HTTP. Peers are installed once, on demand,
+into $TEXTMILL_PEERS.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import Answer, Load, ask, figures, percentile, prompts, run
-from servers import SERVERS, Running, Server, install_llama, wait_until_quiet
+from load import Load
+from servers import wait_until_quiet
+from subjects import NAMES, install, start
 
+OURS = "textmill"
 STEPS = {
     "decode": Load(1, 3, 64, 128),
     "prefill-512": Load(1, 3, 512, 1),
@@ -37,6 +41,7 @@ STEPS = {
     "prefix": Load(1, 6, 16, 8, shared_prefix_tokens=2000),
     "arrival": Load(8, 8, 64, 256),
 }
+WARM = Load(1, 1, 2, 8, seed="warm")
 # Rows of the report: (title, step, figure, more is better).
 ROWS = [
     ("decode, one stream, tokens/s", "decode", "decode_tok_s", True),
@@ -57,55 +62,15 @@ ROWS = [
 ]
 
 
-async def arrival(port: int, load: Load, extra: dict[str, object]) -> dict[str, float]:
-    """Gaps of running streams before, and while, a long prompt is computed beside them."""
-    texts = prompts(load)
-    streams = [asyncio.create_task(ask(port, text, load.output_tokens, extra)) for text in texts]
-    await asyncio.sleep(1.5)
-    intruder = Load(1, 1, 2048, 1, seed=load.seed + "intruder")
-    long = await ask(port, prompts(intruder)[0], 1, extra)
-    answers: list[Answer] = await asyncio.gather(*streams)
-    failed = [a.error for a in [*answers, long] if a.error]
-    if failed:
-        raise RuntimeError(f"{len(failed)} requests failed; the first: {failed[0]}")
-    quiet, during = [], []
-    for answer in answers:
-        for before, after in zip(answer.arrivals, answer.arrivals[1:], strict=False):
-            if after <= long.sent:
-                quiet.append((after - before) * 1e3)
-            elif before < long.arrivals[0]:
-                during.append((after - before) * 1e3)
-    if not quiet or not during:
-        return {}
-    return {
-        "gap_ms_p95_quiet": percentile(quiet, 95),
-        "gap_ms_p95_arrival": percentile(during, 95),
-        "arrival_ttft_ms": long.first_token_s * 1e3,
-    }
-
-
-async def measure(port: int, step: str, server: Server, seed: str) -> dict[str, float]:
-    load = Load(**{name: getattr(STEPS[step], name) for name in Load.__slots__ if name != "seed"}, seed=seed)
-    if step == "arrival":
-        return await arrival(port, load, server.extra)
-    extra = server.extra | server.prefix_extra if step == "prefix" else server.extra
-    answers, wall = await run(port, load, extra)
-    out = figures(load, answers, wall)
-    if step == "prefix":
-        out["ttft_ms_cold"] = answers[0].first_token_s * 1e3
-    return out
-
-
 def round_of(name: str, args: argparse.Namespace, number: int) -> None:
-    server = SERVERS[name]
     wait_until_quiet()
-    with Running(server, args.model, args.port, args.threads, args.out.with_suffix(f".{name}.log")) as running:
-        asyncio.run(ask(args.port, "Hello there", 8, server.extra))
+    with start(name, args.model, args.port, args.threads, args.out.with_suffix(f".{name}.log")) as subject:
+        subject.measure(WARM)
         for step in args.steps:
             wait_until_quiet(20)
-            found = asyncio.run(measure(args.port, step, server, f"{step}/{number}"))
-            record(args.out, name, step, number, found)
-        process = {"startup_s": running.startup_s, "peak_memory_mib": running.peak_memory_mib()}
+            load = replace(STEPS[step], seed=f"{step}/{number}")
+            record(args.out, name, step, number, subject.measure(load, arrival=step == "arrival"))
+        process = {"startup_s": subject.startup_s, "peak_memory_mib": subject.peak_memory_mib()}
         record(args.out, name, "process", number, process)
 
 
@@ -120,20 +85,17 @@ def record(out: Path, server: str, step: str, number: int, found: dict[str, floa
 def report(out: Path) -> str:
     """A Markdown table of medians, spread and ratios to textmill."""
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    names = [name for name in SERVERS if any(line["server"] == name for line in lines)]
-    peers = [name for name in names if name != "textmill"]
-    head = ["figure", *names, *(f"textmill : {peer}" for peer in peers)]
+    names = [name for name in NAMES if any(line["server"] == name for line in lines)]
+    peers = [name for name in names if name != OURS]
+    head = ["figure", *names, *(f"{OURS} : {peer}" for peer in peers), f"{OURS} : best peer"]
     table = [head, ["---"] * len(head)]
     for title, step, figure, more in ROWS:
         values = {
             name: [line[figure] for line in lines if (line["server"], line["step"]) == (name, step) and figure in line]
             for name in names
         }
-        if not any(values.values()):
-            continue
-        cells = [cell(values[name]) for name in names]
-        ratios = [ratio(values.get("textmill", []), values[peer], more) for peer in peers]
-        table.append([title, *cells, *ratios])
+        if any(values.values()):
+            table.append([title, *(cell(values[name]) for name in names), *ratios(values, peers, more)])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
@@ -143,17 +105,26 @@ def cell(values: list[float]) -> str:
     return f"{statistics.median(values):,.4g} ({min(values):,.4g}–{max(values):,.4g})"
 
 
-def ratio(ours: list[float], theirs: list[float], more: bool) -> str:
-    if not ours or not theirs:
-        return "–"
-    value = statistics.median(ours) / statistics.median(theirs)
-    return f"{value if more else 1 / value:.2f} ×"
+def ratios(values: dict[str, list[float]], peers: list[str], more: bool) -> list[str]:
+    """Ours to each peer, then to the best of them, which is named."""
+    medians = {name: statistics.median(found) for name, found in values.items() if found}
+    if OURS not in medians:
+        return ["–"] * (len(peers) + 1)
+
+    def ratio(peer: str) -> float:
+        value = medians[OURS] / medians[peer]
+        return value if more else 1 / value
+
+    measured = {peer: ratio(peer) for peer in peers if peer in medians}
+    cells = [f"{measured[peer]:.2f} ×" if peer in measured else "–" for peer in peers]
+    best = min(measured, key=lambda peer: measured[peer], default=None)
+    return [*cells, f"{measured[best]:.2f} × ({best})" if best else "–"]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GGUF file (default: the embedded model)")
-    parser.add_argument("--servers", default=",".join(SERVERS), help="of " + ", ".join(SERVERS))
+    parser.add_argument("--servers", default=",".join(NAMES), help="of " + ", ".join(NAMES))
     parser.add_argument("--steps", default=",".join(STEPS), help="of " + ", ".join(STEPS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -173,8 +144,7 @@ def main() -> None:
             from textmill.weights.source import resolve
 
             args.model = resolve(None).path
-        if any(name.startswith("llama") for name in args.servers):
-            install_llama(args.threads)
+        install(args.servers, args.threads)
         for number in range(args.rounds):
             for name in args.servers:
                 round_of(name, args, number)
