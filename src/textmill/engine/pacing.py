@@ -1,19 +1,20 @@
 """How many prompt tokens a step may compute beside running streams, learned from what earlier steps took.
 
-A step is taken to cost what a quiet one of as many decode tokens costs, plus a constant for each prompt token. Both are
-running averages, so they follow the machine, the model and the length of the contexts.
+A step is taken to cost what a quiet one of as many decode tokens costs, plus a constant for each prompt token. Only the
+ratio of the two matters, so a machine that is slower for a while changes nothing.
 """
 
 from __future__ import annotations
 
 STRETCH = 2.8  # a step with prompts in it may take so many times what a quiet one takes
 FEWEST = 16  # prompt tokens that every step may have: a prompt always gets on
-WEIGHT = 0.3  # of the newest measurement in an average
-WILDEST = 4.0  # a measurement counts as at most so many times the average: the machine had a hiccup
+TELLING = 64  # prompt tokens in a step without decodes from which on it tells what one costs
+WEIGHT = 0.15  # of the newest measurement in an average
+WILDEST = 4.0  # a measurement counts as at most so many times the average, or as little: the machine had a hiccup
 
 
 class Pacing:
-    """Learns with `observe`, answers with `allowance`. Without a measurement there is no bound."""
+    """Learns with `observe`, answers with `allowance`. Without measurements there is no bound."""
 
     def __init__(self) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step without prompts, by its tokens
@@ -25,19 +26,28 @@ class Pacing:
             return
         if not prompt_tokens:
             self._quiet[decode_tokens] = average(self._quiet.get(decode_tokens, 0.0), seconds)
-        elif prompt_tokens >= FEWEST:  # fewer say little: most of such a step's time is there without them
-            more = max(seconds - self.quiet_seconds(decode_tokens), seconds / 10)
-            self._prompt_token = average(self._prompt_token, more / prompt_tokens)
+        elif not decode_tokens:
+            if prompt_tokens >= TELLING:
+                self._prompt_token = average(self._prompt_token, seconds / prompt_tokens)
+        elif self._prompt_token and self._quiet:
+            self._share_out(seconds / (self.quiet_seconds(decode_tokens) + prompt_tokens * self._prompt_token))
+
+    def _share_out(self, surprise: float) -> None:
+        """A step with both took `surprise` times what was expected: nobody knows which of the two it was."""
+        factor = min(max(surprise, 1 / WILDEST), WILDEST) ** WEIGHT
+        self._prompt_token *= factor
+        for tokens in self._quiet:
+            self._quiet[tokens] *= factor
 
     def quiet_seconds(self, decode_tokens: int) -> float:
-        """What a step without prompts takes; 0: not known. The nearest known step speaks for others: each token more
-        or less costs what a prompt's does, but a smaller step at least its share."""
-        if not self._quiet:
-            return 0.0
-        nearest = min(self._quiet, key=lambda tokens: abs(tokens - decode_tokens))
-        known = self._quiet[nearest]
-        guess = known + (decode_tokens - nearest) * self._prompt_token
-        return max(guess, known * min(1.0, decode_tokens / nearest))
+        """What a step without prompts takes, rather too much than too little where none was seen; 0: not known."""
+        if decode_tokens in self._quiet or not self._quiet:
+            return self._quiet.get(decode_tokens, 0.0)
+        larger = min((tokens for tokens in self._quiet if tokens > decode_tokens), default=0)
+        if larger:
+            return self._quiet[larger]
+        largest = max(self._quiet)
+        return self._quiet[largest] * decode_tokens / largest
 
     def allowance(self, decode_tokens: int, decoding: int, newcomers: int) -> int | None:
         """The most prompt tokens beside `decoding` streams; None: no bound.
@@ -48,7 +58,9 @@ class Pacing:
         quiet = self.quiet_seconds(decode_tokens)
         if not decoding or newcomers >= max(decoding / 2, 2) or not quiet or not self._prompt_token:
             return None
-        return max(FEWEST, int((STRETCH - 1) * quiet / self._prompt_token))
+        # A decode token never costs less than a prompt's.
+        worth = max(quiet / self._prompt_token, decode_tokens)
+        return max(FEWEST, int((STRETCH - 1) * worth))
 
 
 def average(known: float, new: float) -> float:
