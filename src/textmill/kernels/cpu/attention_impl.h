@@ -1,6 +1,7 @@
 // Attention over the paged cache: every query vector does the same arithmetic whatever tile, chunk or batch it is in.
 #pragma once
 
+#include "attention_tiles.h"
 #include "simd.h"
 #include "vector.h"
 
@@ -48,7 +49,13 @@ inline void turn_heads(const AttentionSpec& spec, const float* x, int64_t count,
     for (int64_t d = width; d < spec.dim(); ++d) to[d] = 0.0f;
     if (!spec.rope_cos) continue;
     const int64_t step = spec.rope_interleaved ? 2 : 1, apart = spec.rope_interleaved ? 1 : half;
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t i = 0;
+    for (; !spec.rope_interleaved && i + 8 <= half; i += 8) {
+      const f32x8 a = load(to + i), b = load(to + i + half), c = load(cos + i), s = load(sin + i);
+      store(to + i, a * c - b * s);
+      store(to + i + half, b * c + a * s);
+    }
+    for (; i < half; ++i) {
       const float a = to[i * step], b = to[i * step + apart];
       to[i * step] = a * cos[i] - b * sin[i];
       to[i * step + apart] = b * cos[i] + a * sin[i];
@@ -84,224 +91,150 @@ inline void store_row(const AttentionSpec& spec, const StoreRow& row) {
   for (int64_t i = 0; i < spec.heads * spec.dim(); ++i) row.q[i] *= spec.scale;
 }
 
-// Vectors in hand for N queries: as many sums in flight as sixteen registers hold beside the operands.
-template <int N>
-constexpr int kAtOnce = N <= 2 ? 4 : N == 3 ? 3 : 2;
-
-// Scores of N query vectors (dim apart) against V times 8 keys; sums over dim in order. `first` counts eights of keys.
-template <int N, int V, typename T>
-inline void score_keys(const float* q, const T* const* groups, int64_t first, int64_t dim, float* scores) {
-  f32x8 acc[N][V];
-  const T* keys[V];
-  for (int v = 0; v < V; ++v) {
-    keys[v] = groups[(first + v) / 2] + (first + v) % 2 * 8;
-    for (int i = 0; i < N; ++i) acc[i][v] = splat(0.0f);
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    f32x8 k[V];
-    for (int v = 0; v < V; ++v) k[v] = load(keys[v] + d * kKeyLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < N; ++i) {
-      const f32x8 x = splat(q[i * dim + d]);
-      for (int v = 0; v < V; ++v) acc[i][v] = fma(k[v], x, acc[i][v]);
-    }
-  }
-  for (int i = 0; i < N; ++i) {
-    for (int v = 0; v < V; ++v) store(scores + i * kKeyTile + (first + v) * 8, acc[i][v]);
-  }
-}
-
-// All groups of a tile.
-template <int N, typename T>
-inline void score(const float* q, const T* const* groups, int64_t group_count, int64_t dim, float* scores) {
-  constexpr int V = kAtOnce<N>;
-  int64_t at = 0;
-  for (; at + V <= group_count * 2; at += V) score_keys<N, V>(q, groups, at, dim, scores);
-  for (; at < group_count * 2; ++at) score_keys<N, 1>(q, groups, at, dim, scores);
-}
-
-// out[i] = out[i] * fade[i] + sum over keys, in order, of weights[i][key] * values[key], for 8 * V columns.
-template <int N, int V, typename T>
-inline void weigh_columns(const float* weights, const T* const* groups, int64_t count, int64_t dim, int64_t column,
-                          const float* fade, float* out) {
-  f32x8 acc[N][V];
-  for (int i = 0; i < N; ++i) {
-    for (int v = 0; v < V; ++v) acc[i][v] = load(out + i * dim + column + 8 * v) * splat(fade[i]);
-  }
-  for (int64_t begin = 0; begin < count; begin += kKeyLanes) {
-    const T* row = groups[begin / kKeyLanes] + column;
-    const int64_t end = begin + kKeyLanes < count ? begin + kKeyLanes : count;
-    for (int64_t j = begin; j < end; ++j, row += dim) {
-      f32x8 x[V];
-      for (int v = 0; v < V; ++v) x[v] = load(row + 8 * v);
-#pragma GCC unroll 6
-      for (int i = 0; i < N; ++i) {
-        const f32x8 w = splat(weights[i * kKeyTile + j]);
-        for (int v = 0; v < V; ++v) acc[i][v] = fma(w, x[v], acc[i][v]);
-      }
-    }
-  }
-  for (int i = 0; i < N; ++i) {
-    for (int v = 0; v < V; ++v) store(out + i * dim + column + 8 * v, acc[i][v]);
-  }
-}
-
-template <int N, typename T>
-inline void weigh(const float* weights, const T* const* groups, int64_t count, int64_t dim, const float* fade,
-                  float* out) {
-  constexpr int V = kAtOnce<N>;
-  int64_t column = 0;
-  for (; column + 8 * V <= dim; column += 8 * V) weigh_columns<N, V>(weights, groups, count, dim, column, fade, out);
-  for (; column + 16 <= dim; column += 16) weigh_columns<N, 2>(weights, groups, count, dim, column, fade, out);
-  if (column < dim) weigh_columns<N, 1>(weights, groups, count, dim, column, fade, out);
-}
-
-// A tile of up to 64 keys against all query vectors, six at a time: 12 sums, 2 operands and 1 factor fit 16 registers.
-template <typename T>
-inline void score_tile(const float* q, int64_t vectors, const T* const* groups, int64_t group_count, int64_t dim,
-                       float* scores) {
-  for (int64_t i = 0; i < vectors; i += 6) {
-    const float* from = q + i * dim;
-    float* to = scores + i * kKeyTile;
-    switch (vectors - i) {
-      case 1: score<1>(from, groups, group_count, dim, to); break;
-      case 2: score<2>(from, groups, group_count, dim, to); break;
-      case 3: score<3>(from, groups, group_count, dim, to); break;
-      case 4: score<4>(from, groups, group_count, dim, to); break;
-      case 5: score<5>(from, groups, group_count, dim, to); break;
-      default: score<6>(from, groups, group_count, dim, to); break;
-    }
-  }
-}
-
-template <typename T>
-inline void weigh_tile(const float* weights, int64_t vectors, const T* const* groups, int64_t count, int64_t dim,
-                       const float* fade, float* out) {
-  for (int64_t i = 0; i < vectors; i += 6) {
-    const float* from = weights + i * kKeyTile;
-    float* to = out + i * dim;
-    switch (vectors - i) {
-      case 1: weigh<1>(from, groups, count, dim, fade + i, to); break;
-      case 2: weigh<2>(from, groups, count, dim, fade + i, to); break;
-      case 3: weigh<3>(from, groups, count, dim, fade + i, to); break;
-      case 4: weigh<4>(from, groups, count, dim, fade + i, to); break;
-      case 5: weigh<5>(from, groups, count, dim, fade + i, to); break;
-      default: weigh<6>(from, groups, count, dim, fade + i, to); break;
-    }
-  }
-}
-
-// Scores as the model means them: capped, leaning with distance, -Inf where the query may not look. Returns the largest.
-inline float mask(const AttentionSpec& spec, float* scores, int64_t count, int64_t tile, int64_t position, int64_t end,
-                  float slope) {
-  const int64_t last = position < end - 1 ? position : end - 1;
-  const int64_t first = spec.window > 0 ? position - spec.window + 1 : 0;
-  const bool whole = first <= tile && tile + count - 1 <= last;
-  const i32x8 upper = splat(static_cast<int32_t>(last - tile)), lower = splat(static_cast<int32_t>(first - tile));
-  const f32x8 cap = splat(spec.softcap), lean = splat(slope);
-  f32x8 top = splat(-INFINITY);
-  if (whole && spec.softcap <= 0 && slope == 0) {
-    for (int64_t i = 0; i < count; i += 8) top = maximum(load(scores + i), top);
-    return largest(top);
-  }
-  for (int64_t i = 0; i < count; i += 8) {
-    const i32x8 key = iota(static_cast<int32_t>(i));
-    f32x8 s = load(scores + i);
-    if (spec.softcap > 0) s = tanh(s / cap) * cap;
-    if (slope != 0) s += lean * __builtin_convertvector(key + splat(static_cast<int32_t>(tile - position)), f32x8);
-    s = select((key <= upper) & (key >= lower), s, splat(-INFINITY));
-    store(scores + i, s);
-    top = maximum(s, top);
-  }
-  return largest(top);
-}
-
-// Turns one query's scores of a tile (first key at `tile`, `count` of them computed) into weights relative to the
-// running maximum, and returns by how much what was summed before fades.
-inline float soften(const AttentionSpec& spec, float* scores, int64_t count, int64_t tile, int64_t position, int64_t end,
-                    float slope, float* running, float* total) {
-  const float before = *running, most = mask(spec, scores, count, tile, position, end, slope);
-  const float now = most > before ? most : before;
-  f32x8 weight_sum = splat(0.0f);
-  if (now == -INFINITY) {  // nothing of this tile is visible, nor was anything before
-    for (int64_t i = 0; i < count; i += 8) store(scores + i, weight_sum);
-    return 1.0f;
-  }
-  for (int64_t i = 0; i < count; i += 8) {
-    const f32x8 w = exp_negative(load(scores + i) - splat(now));
-    store(scores + i, w);
-    weight_sum += w;
-  }
-  const float fade = before == now ? 1.0f : exp_negative(splat(before - now))[0];
-  *running = now;
-  *total = *total * fade + sum(weight_sum);
-  return fade;
-}
-
 struct Scratch {
   float* q;       // [vectors, dim]
   float* scores;  // [vectors, 64]
-  float* tile;    // [64 * dim]: a tile of keys, then of values, as floats
-  float* fade;    // [vectors]
+  float* tile;    // [64 * dim]: a tile of keys, then of values in panels of 16 columns, as floats
+  float* fade;    // [vectors] by how much what was summed before fades; as the others below, up to a multiple of 8
+  float* now;     // the running maximum after the tile
+  float* sum;     // of the tile's weights
 };
 
-inline void widen(const uint16_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 8) store(to + i, load(from + i));
-}
-inline void widen(const float* from, int64_t count, float* to) { std::memcpy(to, from, static_cast<size_t>(count) * 4); }
-
-// Pointers to the groups of 16 keys (or values) of a tile. Many queries: as floats, converted once.
-template <typename T>
-struct Groups {
-  const T* stored[kKeyTile / kKeyLanes];
-  const float* wide[kKeyTile / kKeyLanes];
-};
-
-template <typename T>
-inline void find_groups(const AttentionSpec& spec, const AttendTask& task, const void* pool, int64_t tile, int64_t count,
-                        bool many, float* buffer, Groups<T>* out) {
-  const int64_t elements = kKeyLanes * spec.dim();
-  for (int64_t g = 0; g < count; ++g) {
-    const int64_t key = tile + g * kKeyLanes;
-    const T* from = static_cast<const T*>(pool) + task.blocks[key / spec.block_size] * task.block_stride +
-                    key % spec.block_size / kKeyLanes * elements;
-    out->stored[g] = from;
-    out->wide[g] = buffer + g * elements;
-    if (many) widen(from, elements, buffer + g * elements);
+// The running maxima and sums after a tile, and how much of what was summed before remains.
+inline void advance(const Scratch& scratch, int64_t vectors, const Partial& out) {
+  for (int64_t i = 0; i < vectors; i += 8) {
+    const f32x8 now = load(scratch.now + i);
+    const f32x8 faded = exp_negative(load(out.maximum + i) - now);
+    const f32x8 fade = select(now == splat(-INFINITY), splat(1.0f), faded);
+    store(scratch.fade + i, fade);
+    store(out.maximum + i, now);
+    store(out.sum + i, load(out.sum + i) * fade + load(scratch.sum + i));
   }
+}
+
+// N query vectors from `first` on, of a tile whose first key is `tile`: their scores, then their weights.
+template <int N, typename T>
+inline void weights_of(const AttentionSpec& spec, const AttendTask& task, const Groups<T>& keys, int64_t group_count,
+                       int64_t tile, int64_t end, int64_t first, const Partial& out, const Scratch& scratch) {
+  const int64_t dim = spec.dim(), group = spec.group();
+  score<N>(scratch.q + first * dim, keys, group_count, dim, scratch.scores + first * kKeyTile);
+  // All maxima first: a sum does not wait for its own row's.
+  const int64_t count = group_count * kKeyLanes;
+  int64_t row = first / group, head = first % group;
+  for (int64_t i = first; i < first + N; ++i) {
+    const float before = out.maximum[i];
+    const float most = mask(spec, scratch.scores + i * kKeyTile, count, tile, task.position + row, end,
+                            task.slopes ? task.slopes[head] : 0.0f);
+    scratch.now[i] = most > before ? most : before;
+    if (++head == group) head = 0, ++row;
+  }
+  for (int64_t i = first; i < first + N; ++i) {
+    scratch.sum[i] = soften(scratch.scores + i * kKeyTile, count, scratch.now[i]);
+  }
+}
+
+// How many groups ahead of the work memory is fetched: far enough for its latency, near enough to be still in the cache.
+constexpr int64_t kAhead = 16;
+
+// The groups of keys [begin, end) in the order in which they are worked on: a tile's keys, then its values. At most `most`.
+template <typename T>
+inline int64_t list_groups(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end, int64_t most,
+                           const T** groups) {
+  const int64_t elements = kKeyLanes * spec.dim();
+  const T* const pools[2] = {static_cast<const T*>(task.keys), static_cast<const T*>(task.values)};
+  int64_t count = 0;
+  int64_t block = begin / kKeyTile * kKeyTile / spec.block_size;
+  int64_t within = begin / kKeyTile * kKeyTile - block * spec.block_size;
+  for (int64_t tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
+    const int64_t tile_groups = ((end - tile < kKeyTile ? end - tile : kKeyTile) + kKeyLanes - 1) / kKeyLanes;
+    if (count + 2 * tile_groups > most) return count;
+    for (int64_t g = 0; g < tile_groups; ++g) {
+      const int64_t offset = task.blocks[block] * task.block_stride + within / kKeyLanes * elements;
+      groups[count + g] = pools[0] + offset;
+      groups[count + tile_groups + g] = pools[1] + offset;
+      within += kKeyLanes;
+      if (within == spec.block_size) within = 0, ++block;
+    }
+    count += 2 * tile_groups;
+  }
+  return count;
+}
+
+// Fetches a share of what lies ahead of a tile: many queries leave time for it between their products.
+template <typename T>
+inline void fetch_share(const Groups<T>& tile, int64_t share, int64_t dim) {
+  if (share >= 8) return;
+  const char* at = tile.ahead[share / 2] + share % 2 * dim * 16;
+  for (int64_t i = 0; i < dim * 16; i += 64) prefetch(at + i);
 }
 
 // Keys [begin, end) of one range, from nothing.
 template <typename T>
 inline void attend_range(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end,
                          const Partial& out, const Scratch& scratch) {
-  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group;
+  const int64_t dim = spec.dim(), vectors = task.rows * spec.group();
   const bool many = vectors > 6 && sizeof(T) == 2;
-  for (int64_t i = 0; i < vectors; ++i) {
+  for (int64_t i = 0; i < padded_vectors(vectors); ++i) {
     out.maximum[i] = -INFINITY;
     out.sum[i] = 0.0f;
   }
   std::memset(out.values, 0, static_cast<size_t>(vectors * dim) * 4);
+  const T* groups[kKeyRange / kKeyLanes * 2 + kAhead];
+  int64_t listed = list_groups(spec, task, begin, end, kKeyRange / kKeyLanes * 2, groups);
+  const int64_t needed = listed + kAhead;
+  if (end < task.end) {
+    listed += list_groups(spec, task, end, task.end, kAhead, groups + listed);
+  } else if (task.next) {
+    listed += list_groups(spec, *task.next, task.next->begin, task.next->end, kAhead, groups + listed);
+  }
+  for (; listed < needed; ++listed) groups[listed] = groups[listed - 1];
+  const T* const* at = groups;
   for (int64_t tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
     const int64_t count = end - tile < kKeyTile ? end - tile : kKeyTile;
-    const int64_t groups = (count + kKeyLanes - 1) / kKeyLanes;
-    Groups<T> at;
-    find_groups(spec, task, task.keys, tile, groups, many, scratch.tile, &at);
+    const int64_t group_count = (count + kKeyLanes - 1) / kKeyLanes;
+    Groups<T> keys, values;
+    Groups<float> wide_keys, wide_values;
+    for (int64_t g = 0; g < group_count; ++g) {
+      keys.at[g] = at[g];
+      values.at[g] = at[group_count + g];
+      keys.ahead[g] = reinterpret_cast<const char*>(at[kAhead + g]);
+      values.ahead[g] = reinterpret_cast<const char*>(at[kAhead + group_count + g]);
+      wide_keys.ahead[g] = wide_values.ahead[g] = nullptr;
+      wide_keys.at[g] = scratch.tile + g * kKeyLanes * dim;
+      wide_values.at[g] = scratch.tile + g * kKeyLanes * 16;
+    }
+    at += 2 * group_count;
+    values.stride = dim;
+    wide_values.stride = 16;
     if (many) {
-      score_tile(scratch.q, vectors, at.wide, groups, dim, scratch.scores);
-    } else {
-      score_tile(scratch.q, vectors, at.stored, groups, dim, scratch.scores);
+      for (int64_t g = 0; g < group_count; ++g) {
+        if constexpr (sizeof(T) == 2) widen_keys(keys.at[g], dim, scratch.tile + g * kKeyLanes * dim);
+      }
     }
-    for (int64_t i = 0; i < vectors; ++i) {
-      scratch.fade[i] = soften(spec, scratch.scores + i * kKeyTile, groups * kKeyLanes, tile, task.position + i / group, end,
-                               task.slopes ? task.slopes[i % group] : 0.0f, out.maximum + i, out.sum + i);
-    }
-    find_groups(spec, task, task.values, tile, groups, many, scratch.tile, &at);
+    by_sixes(vectors, [&](int64_t first, auto n) {
+      if (many) {
+        if (group_count == 4) fetch_share(keys, first / 6, dim);
+        weights_of<n>(spec, task, wide_keys, group_count, tile, end, first, out, scratch);
+      } else {
+        weights_of<n>(spec, task, keys, group_count, tile, end, first, out, scratch);
+      }
+    });
+    advance(scratch, vectors, out);
     if (many) {
-      weigh_tile(scratch.scores, vectors, at.wide, count, dim, scratch.fade, out.values);
-    } else {
-      weigh_tile(scratch.scores, vectors, at.stored, count, dim, scratch.fade, out.values);
+      for (int64_t g = 0; g < group_count; ++g) {
+        if constexpr (sizeof(T) == 2) widen_values(values.at[g], dim, scratch.tile + g * kKeyLanes * 16);
+      }
     }
+    by_sixes(vectors, [&](int64_t first, auto n) {
+      const float* weights = scratch.scores + first * kKeyTile;
+      float* to = out.values + first * dim;
+      if (many) {
+        if (group_count == 4) fetch_share(values, first / 6, dim);
+        weigh<n>(weights, wide_values, count, dim, 16 * kKeyTile, scratch.fade + first, to);
+      } else {
+        weigh<n>(weights, values, count, dim, 16, scratch.fade + first, to);
+      }
+    });
   }
 }
 
@@ -322,13 +255,16 @@ inline void merge(const Partial& into, const Partial& next, int64_t vectors, int
 }
 
 inline void attend(const AttentionSpec& spec, const AttendTask& task, const Partial& out, float* memory) {
-  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group;
+  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group, padded = padded_vectors(vectors);
   Scratch scratch;
   scratch.q = memory;
   scratch.scores = scratch.q + vectors * dim;
   scratch.tile = scratch.scores + vectors * kKeyTile;
-  scratch.fade = scratch.tile + kKeyTile * dim;
-  const Partial next = partial_at(scratch.fade + vectors, vectors);
+  scratch.fade = scratch.tile + kKeyTile * ((dim + 15) / 16 * 16);
+  scratch.now = scratch.fade + padded;
+  scratch.sum = scratch.now + padded;
+  std::memset(scratch.fade, 0, static_cast<size_t>(3 * padded) * 4);
+  const Partial next = partial_at(scratch.sum + padded, vectors);
   for (int64_t r = 0; r < task.rows; ++r) {
     std::memcpy(scratch.q + r * group * dim, task.q + r * task.q_stride, static_cast<size_t>(group * dim) * 4);
   }

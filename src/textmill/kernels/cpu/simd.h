@@ -47,14 +47,26 @@ inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 }
 inline f32x8 select(i32x8 mask, f32x8 yes, f32x8 no) { return mask ? yes : no; }
 // NaN in either operand: not specified.
-inline f32x8 maximum(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline f32x8 maximum(f32x8 a, f32x8 b) {
+#if defined(__AVX2__)
+  return (f32x8)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline i32x8 bits(f32x8 v) { return (i32x8)v; }
 
 // One fixed order for all: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 inline float sum(f32x8 v) {
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   const float a = (v[0] + v[4]) + (v[2] + v[6]);
   const float b = (v[1] + v[5]) + (v[3] + v[7]);
   return a + b;
+#endif
 }
 inline float largest(f32x8 v) {
   v = maximum(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
@@ -115,8 +127,8 @@ inline f32x8 exp(f32x8 x) {
 inline f32x8 exp_negative(f32x8 x) {
   const f32x8 low = splat(-87.33654f);
   i32x8 whole;
-  const f32x8 p = exp_fraction(x < low ? low : x, &whole);
-  return x < low ? splat(0.0f) : p * (f32x8)((whole + 127) << 23);
+  const f32x8 p = exp_fraction(maximum(low, x), &whole);  // NaN stays
+  return select(x < low, splat(0.0f), p * (f32x8)((whole + 127) << 23));
 }
 inline float exp(float x) { return exp(splat(x))[0]; }
 

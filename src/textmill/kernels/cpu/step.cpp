@@ -9,6 +9,8 @@ namespace {
 
 // A chunk of rows should take a few microseconds, far more than handing it out.
 constexpr int64_t kChunkFloats = 12 * 1024;
+// ... but the threads share what is worth sharing.
+constexpr int64_t kLeastRows = 4;
 // A chunk of a product takes at least as long as so many multiply-adds or so many bytes of weights, whichever is more...
 constexpr int64_t kLeastMacs = 320 * 1024;
 constexpr int64_t kLeastBytes = 56 * 1024;
@@ -136,7 +138,8 @@ uint32_t Step::begin_op() {
 }
 
 uint32_t Step::chunks_of_rows(int64_t cols) {
-  grain_ = std::max<int64_t>(1, kChunkFloats / cols);
+  const int64_t shared = (rows() + threads_ - 1) / threads_;
+  grain_ = std::clamp<int64_t>(kChunkFloats / cols, 1, std::max<int64_t>(kLeastRows, shared));
   return static_cast<uint32_t>((rows() + grain_ - 1) / grain_);
 }
 
@@ -157,15 +160,6 @@ uint32_t Step::begin_matmul() {
   const int64_t shared = n * row_tiles_ / (threads_ * 4);  // four chunks a thread
   columns_ = std::min(round_up(std::clamp(shared, least, most), kColumnBlock), round_up(n, kColumnBlock));
   return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
-}
-
-uint32_t Step::begin_attention() {
-  const Op& op = program_.ops_[op_];
-  if (phase_ == 0) return chunks_of_rows(program_.value(op.x).cols);
-  if (phase_ > 1) return 0;
-  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
-  for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
-  return static_cast<uint32_t>(plan.tasks.size()) * static_cast<uint32_t>(op.attention.kv_heads);
 }
 
 void Step::end_op() {
@@ -264,63 +258,6 @@ void Step::run_product(const Op& op, uint32_t chunk) const {
   }
   op.matrix->matmul(from, x.stride, std::min(tile_rows_, rows() - first), column, std::min(column + columns_, y.cols),
                     value_row(op.out, first), y.stride, epilogue);
-}
-
-void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
-  const AttentionSpec& spec = op.attention;
-  float* q = reinterpret_cast<float*>(program_.arena_.data() + op.scratch_offset);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t position = positions_[static_cast<size_t>(row)], slot = slots_[static_cast<size_t>(row)];
-    const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
-    std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
-    vector_.store_row(spec, {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
-                             at + op.values_offset, position});
-  }
-}
-
-void Step::run_attention(const Op& op, uint32_t chunk, int thread) {
-  const AttentionSpec& spec = op.attention;
-  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
-  const AttentionTask& task = plan.tasks[chunk / static_cast<uint32_t>(spec.kv_heads)];
-  const AttentionTile& tile = plan.tiles[static_cast<size_t>(task.tile)];
-  const int64_t head = chunk % static_cast<uint32_t>(spec.kv_heads), dim = spec.dim(), group = spec.group();
-  const size_t element = spec.half_cache ? 2 : 4;
-  const std::byte* cache = program_.cache_.data() + static_cast<size_t>(head * spec.block_size * dim) * element;
-  const float* q = reinterpret_cast<const float*>(program_.arena_.data() + op.scratch_offset);
-  AttendTask call;
-  call.q = q + (tile.row * spec.heads + head * group) * dim;
-  call.q_stride = spec.heads * dim;
-  call.rows = tile.rows;
-  call.position = tile.position;
-  call.blocks = program_.table_.block_table + tile.slot * program_.table_.blocks_per_slot;
-  call.keys = cache + op.keys_offset;
-  call.values = cache + op.values_offset;
-  call.block_stride = static_cast<int64_t>(program_.kv_bytes_per_block_ / element);
-  call.begin = task.begin;
-  call.end = task.end;
-  call.slopes = spec.alibi ? spec.alibi + head * group : nullptr;
-  float* scratch = program_.scratch_[static_cast<size_t>(thread)].data();
-  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, dim);
-  if (task.parts == 1) {
-    const Partial result = partial_at(scratch, vectors);
-    vector_.attend(spec, call, result, scratch + own);
-    vector_.normalize(spec, result, tile.rows, value_row(op.out, tile.row) + head * group * spec.head_dim,
-                      program_.value(op.out).stride);
-    return;
-  }
-  vector_.attend(spec, call, partial_at(partials_.data() + (task.partial + head) * own, vectors), scratch);
-  std::atomic<int32_t>& done = counters_[static_cast<size_t>(task.counter * spec.kv_heads + head)];
-  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.parts) finish_parts(op, task, tile, head);
-}
-
-void Step::finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head) {
-  const AttentionSpec& spec = op.attention;
-  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, spec.dim());
-  const int64_t first = task.partial - task.part * spec.kv_heads + head;
-  const auto part = [&](int64_t i) { return partial_at(partials_.data() + (first + i * spec.kv_heads) * own, vectors); };
-  for (int32_t i = 1; i < task.parts; ++i) vector_.merge(part(0), part(i), tile.rows * spec.group(), spec.dim());
-  vector_.normalize(spec, part(0), tile.rows, value_row(op.out, tile.row) + head * spec.group() * spec.head_dim,
-                    program_.value(op.out).stride);
 }
 
 void Step::run_output(int64_t index, int thread) {

@@ -50,7 +50,9 @@ class Step final : public Job {
   void run_row(const Op& op, int64_t row, float* out) const;
   void run_product(const Op& op, uint32_t chunk) const;
   void run_store(const Op& op, int64_t begin, int64_t end) const;
+  AttendTask attend_task(const Op& op, int64_t unit) const;
   void run_attention(const Op& op, uint32_t chunk, int thread);
+  void run_unit(const Op& op, int64_t unit, const AttendTask& call, int thread);
   void finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head);
   void run_output(int64_t index, int thread);
   void choose(const OutputRow& wanted, float* logits, int thread);

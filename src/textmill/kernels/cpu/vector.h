@@ -51,8 +51,8 @@ struct StoreRow {
 
 // Unnormalized attention of nq = rows * group query vectors: maximum, sum and weighted values of each.
 struct Partial {
-  float* maximum;  // [nq]
-  float* sum;      // [nq]
+  float* maximum;  // [nq, up to a multiple of 8]
+  float* sum;      // likewise
   float* values;   // [nq, dim]
 };
 
@@ -68,18 +68,23 @@ struct AttendTask {
   int64_t block_stride;  // elements from a block to the next
   int64_t begin, end;
   const float* slopes;  // ALiBi of the group, or null
+  const AttendTask* next = nullptr;  // what this thread does after it, if known: its first keys are fetched meanwhile
 };
 
 // Floats of scratch that attend needs, and of one Partial.
 TEXTMILL_INLINE int64_t query_vectors(const AttentionSpec& spec) {
   return kQueryTile > spec.group() ? kQueryTile : spec.group();
 }
-TEXTMILL_INLINE int64_t partial_floats(int64_t vectors, int64_t dim) { return vectors * (dim + 2); }
+TEXTMILL_INLINE int64_t padded_vectors(int64_t vectors) { return (vectors + 7) / 8 * 8; }
+TEXTMILL_INLINE int64_t partial_floats(int64_t vectors, int64_t dim) {
+  return vectors * dim + 2 * padded_vectors(vectors);
+}
 TEXTMILL_INLINE Partial partial_at(float* memory, int64_t vectors) {
-  return {memory, memory + vectors, memory + 2 * vectors};
+  return {memory, memory + padded_vectors(vectors), memory + 2 * padded_vectors(vectors)};
 }
 TEXTMILL_INLINE int64_t attend_scratch_floats(int64_t vectors, int64_t dim) {
-  return vectors * dim + vectors * kKeyTile + kKeyTile * dim + vectors + partial_floats(vectors, dim);
+  return vectors * dim + vectors * kKeyTile + kKeyTile * ((dim + 15) / 16 * 16) + 3 * padded_vectors(vectors) +
+         partial_floats(vectors, dim);
 }
 
 struct VectorKernels {

@@ -1,0 +1,104 @@
+// Attention within a step: storing keys and values, then the plan's tasks, kv head by kv head.
+#include <algorithm>
+
+#include "step.h"
+
+namespace textmill {
+
+uint32_t Step::begin_attention() {
+  const Op& op = program_.ops_[op_];
+  if (phase_ == 0) return chunks_of_rows(program_.value(op.x).cols);
+  if (phase_ > 1) return 0;
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+  const int64_t units = static_cast<int64_t>(plan.tasks.size()) * op.attention.kv_heads;
+  // Single rows are soon done: a thread takes several, and fetches the next one's keys while it works on one.
+  const bool single = rows() < 2 * static_cast<int64_t>(plan.tiles.size());
+  grain_ = single ? std::max<int64_t>(1, units / (threads_ * 8)) : 1;
+  return static_cast<uint32_t>((units + grain_ - 1) / grain_);
+}
+
+void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
+  const AttentionSpec& spec = op.attention;
+  float* q = reinterpret_cast<float*>(program_.arena_.data() + op.scratch_offset);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t position = positions_[static_cast<size_t>(row)], slot = slots_[static_cast<size_t>(row)];
+    const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
+    std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
+    vector_.store_row(spec, {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
+                             at + op.values_offset, position});
+  }
+}
+
+// Unit `unit` of an attention: one task for one kv head.
+AttendTask Step::attend_task(const Op& op, int64_t unit) const {
+  const AttentionSpec& spec = op.attention;
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  const AttentionTask& task = plan.tasks[static_cast<size_t>(unit / spec.kv_heads)];
+  const AttentionTile& tile = plan.tiles[static_cast<size_t>(task.tile)];
+  const int64_t head = unit % spec.kv_heads, dim = spec.dim(), group = spec.group();
+  const size_t element = spec.half_cache ? 2 : 4;
+  const std::byte* cache = program_.cache_.data() + static_cast<size_t>(head * spec.block_size * dim) * element;
+  const float* q = reinterpret_cast<const float*>(program_.arena_.data() + op.scratch_offset);
+  AttendTask call;
+  call.q = q + (tile.row * spec.heads + head * group) * dim;
+  call.q_stride = spec.heads * dim;
+  call.rows = tile.rows;
+  call.position = tile.position;
+  call.blocks = program_.table_.block_table + tile.slot * program_.table_.blocks_per_slot;
+  call.keys = cache + op.keys_offset;
+  call.values = cache + op.values_offset;
+  call.block_stride = static_cast<int64_t>(program_.kv_bytes_per_block_ / element);
+  call.begin = task.begin;
+  call.end = task.end;
+  call.slopes = spec.alibi ? spec.alibi + head * group : nullptr;
+  return call;
+}
+
+void Step::run_attention(const Op& op, uint32_t chunk, int thread) {
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  const int64_t units = static_cast<int64_t>(plan.tasks.size()) * op.attention.kv_heads;
+  const int64_t begin = chunk * grain_, end = std::min(begin + grain_, units);
+  AttendTask call = attend_task(op, begin);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    // The other threads probably take the chunks in between.
+    const int64_t next = unit + 1 < end ? unit + 1 : unit + 1 + grain_ * (threads_ - 1);
+    AttendTask following;
+    if (next < units) following = attend_task(op, next);
+    call.next = next < units ? &following : nullptr;
+    run_unit(op, unit, call, thread);
+    call = following;
+  }
+}
+
+void Step::run_unit(const Op& op, int64_t unit, const AttendTask& call, int thread) {
+  const AttentionSpec& spec = op.attention;
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
+  const AttentionTask& task = plan.tasks[static_cast<size_t>(unit / spec.kv_heads)];
+  const AttentionTile& tile = plan.tiles[static_cast<size_t>(task.tile)];
+  const int64_t head = unit % spec.kv_heads;
+  float* scratch = program_.scratch_[static_cast<size_t>(thread)].data();
+  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, spec.dim());
+  if (task.parts == 1) {
+    const Partial result = partial_at(scratch, vectors);
+    vector_.attend(spec, call, result, scratch + own);
+    vector_.normalize(spec, result, tile.rows, value_row(op.out, tile.row) + head * spec.group() * spec.head_dim,
+                      program_.value(op.out).stride);
+    return;
+  }
+  vector_.attend(spec, call, partial_at(partials_.data() + (task.partial + head) * own, vectors), scratch);
+  std::atomic<int32_t>& done = counters_[static_cast<size_t>(task.counter * spec.kv_heads + head)];
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.parts) finish_parts(op, task, tile, head);
+}
+
+void Step::finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head) {
+  const AttentionSpec& spec = op.attention;
+  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, spec.dim());
+  const int64_t first = task.partial - task.part * spec.kv_heads + head;
+  const auto part = [&](int64_t i) { return partial_at(partials_.data() + (first + i * spec.kv_heads) * own, vectors); };
+  for (int32_t i = 1; i < task.parts; ++i) vector_.merge(part(0), part(i), tile.rows * spec.group(), spec.dim());
+  vector_.normalize(spec, part(0), tile.rows, value_row(op.out, tile.row) + head * spec.group() * spec.head_dim,
+                    program_.value(op.out).stride);
+}
+
+}  // namespace textmill
