@@ -129,7 +129,7 @@ inline void weights_of(const AttentionSpec& spec, const AttendTask& task, const 
     if (++head == group) head = 0, ++row;
   }
   for (int64_t i = first; i < first + N; ++i) {
-    scratch.sum[i] = soften(scratch.scores + i * kKeyTile, count, scratch.now[i]);
+    scratch.sum[i] = soften<N == 6 ? 4 : 2>(scratch.scores + i * kKeyTile, count, scratch.now[i]);
   }
 }
 

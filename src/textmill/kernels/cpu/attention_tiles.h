@@ -165,23 +165,33 @@ inline float mask(const AttentionSpec& spec, float* scores, int64_t count, int64
   return largest(top);
 }
 
-// Turns `count` scores into weights relative to `now`; returns their sum.
+// N times eight scores, as weights relative to `most`; those of even and odd eights are summed apart.
+template <int N>
+inline void soften_some(float* scores, f32x8 most, f32x8* even, f32x8* odd) {
+  f32x8 w[N];
+  for (int v = 0; v < N; ++v) w[v] = load(scores + 8 * v) - most;
+  exp_negative(w);
+  for (int v = 0; v < N; v += 2) {
+    store(scores + 8 * v, w[v]);
+    store(scores + 8 * v + 8, w[v + 1]);
+    *even += w[v];
+    *odd += w[v + 1];
+  }
+}
+
+// Turns `count` scores into weights relative to `now`; returns their sum. N: eights side by side, of no effect on bits.
+template <int N>
 inline float soften(float* scores, int64_t count, float now) {
-  f32x8 weight_sum = splat(0.0f);
+  f32x8 even = splat(0.0f), odd = even;
   if (now == -INFINITY) {  // nothing is visible so far
-    for (int64_t i = 0; i < count; i += 8) store(scores + i, weight_sum);
+    for (int64_t i = 0; i < count; i += 8) store(scores + i, even);
     return 0.0f;
   }
   const f32x8 most = splat(now);
-  f32x8 other_sum = weight_sum;
-  for (int64_t i = 0; i < count; i += 16) {
-    const f32x8 a = exp_negative(load(scores + i) - most), b = exp_negative(load(scores + i + 8) - most);
-    store(scores + i, a);
-    store(scores + i + 8, b);
-    weight_sum += a;
-    other_sum += b;
-  }
-  return sum(weight_sum + other_sum);
+  int64_t i = 0;
+  for (; i + 8 * N <= count; i += 8 * N) soften_some<N>(scores + i, most, &even, &odd);
+  for (; i < count; i += 16) soften_some<2>(scores + i, most, &even, &odd);
+  return sum(even + odd);
 }
 
 // f(first, N as a constant) for all vectors, six at a time: 12 sums, 2 operands and 1 factor fit 16 registers.

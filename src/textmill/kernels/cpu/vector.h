@@ -15,7 +15,7 @@ namespace textmill {
 constexpr int64_t kKeyLanes = 16;   // keys are stored transposed in groups of this many
 constexpr int64_t kKeyTile = 64;    // keys of one softmax update
 constexpr int64_t kKeyRange = 512;  // keys summed on their own, then merged in order
-constexpr int64_t kQueryTile = 48;  // query vectors that share a converted tile of keys (at least one row's)
+constexpr int64_t kQueryTile = 96;  // query vectors that share a converted tile of keys (at least one row's)
 
 // One layer's attention (kernels/spec.py: AttentionSpec).
 struct AttentionSpec {
