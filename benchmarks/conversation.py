@@ -81,25 +81,32 @@ def question(dice: random.Random, words: int) -> Message:
 
 
 def converse(port: int, until: int, user_tokens: int, answer_tokens: int) -> list[Turn]:
-    """Turns until the next would pass `until` tokens."""
+    """Turns until the next would pass `until` tokens; then the last one again behind another beginning: all computed."""
     dice = random.Random("conversation")
     messages: list[Message] = []
     turns: list[Turn] = []
     while not turns or turns[-1].prompt + 2 * answer_tokens + user_tokens < until:
         messages.append(question(dice, user_tokens - 15))
-        before = counters(port)
-        answer, count, first = asyncio.run(ask(port, messages, answer_tokens))
-        after = counters(port)
+        answer, turn = take_turn(port, messages, answer_tokens)
         messages.append({"role": "assistant", "content": answer})
-        prompt, hits = (
-            int(after[name] - before[name]) for name in ("textmill_prompt_tokens", "textmill_prefix_cache_hit_tokens")
-        )
-        turns.append(Turn(prompt, prompt - hits, count, first * 1e3))
-    return turns
+        turns.append(turn)
+    messages[0]["content"] = "Now " + messages[0]["content"]
+    return [*turns, take_turn(port, messages[:-1], answer_tokens)[1]]
+
+
+def take_turn(port: int, messages: list[Message], answer_tokens: int) -> tuple[str, Turn]:
+    before = counters(port)
+    answer, count, first = asyncio.run(ask(port, messages, answer_tokens))
+    after = counters(port)
+    prompt, hits = (
+        int(after[name] - before[name]) for name in ("textmill_prompt_tokens", "textmill_prefix_cache_hit_tokens")
+    )
+    return answer, Turn(prompt, prompt - hits, count, first * 1e3)
 
 
 def table(turns: list[Turn]) -> str:
-    """A line a turn, then what a computed token cost early and late."""
+    """A line a turn, then what a computed token cost early and late, and what the cache saved at the end."""
+    *turns, cold = turns
     lines = [f"{'turn':>4} {'prompt':>7} {'computed':>9} {'answer':>7} {'TTFT ms':>8} {'ms/computed token':>18}"]
     for number, turn in enumerate(turns, 1):
         each = turn.ttft_ms / turn.computed
@@ -110,7 +117,11 @@ def table(turns: list[Turn]) -> str:
     early, late = (mean_ms(some) for some in (turns[1 : 1 + quarter], turns[-quarter:]))
     old = turns[-1].prompt / turns[min(1, len(turns) - 1)].prompt
     lines.append(
-        f"a computed token took {early:.2f} ms early, {late:.2f} ms late: x {late / early:.2f}, history x {old:.1f}"
+        f"a computed token took {early:.2f} ms early, {late:.2f} ms late: x {late / early:.2f} at a history x {old:.1f}"
+    )
+    lines.append(
+        f"the last prompt with nothing cached ({cold.computed:,} tokens): {cold.ttft_ms:.0f} ms, "
+        f"x {cold.ttft_ms / turns[-1].ttft_ms:.1f} of its turn"
     )
     return "\n".join(lines)
 
