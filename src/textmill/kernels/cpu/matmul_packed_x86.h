@@ -21,6 +21,9 @@ void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int6
   const int64_t parts = units(w.half_groups), fetched_a_chunk = w.block_bytes / w.chunks;
   const char* next = reinterpret_cast<const char*>(block) + blocks * w.block_bytes + first * fetched_a_chunk;
   Ahead ahead = {next, next};
+  const int64_t units_a_set = w.chunks_per_group;  // 1 where a chunk has two units
+  const uint8_t* set = block + w.scales_at + first * parts / units_a_set * w.set_bytes;
+  int64_t left_in_set = units_a_set - first * parts % units_a_set;
   for (int64_t i = 0; i < count; ++i) {
     ahead.fetch(fetched_a_chunk);
     const uint8_t* from = block + (first + i) * w.code_bytes;
@@ -32,10 +35,13 @@ void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int6
       }
     }
     for (int64_t part = 0; part < parts; ++part) {
-      const uint8_t* set = block + w.scales_at + ((first + i) * parts + part) / w.chunks_per_group * w.set_bytes;
       float* scales = reinterpret_cast<float*>(sets + part * blocks * 64);
       _mm256_store_ps(scales, load_scales(!w.half_floats, set, 0));
       _mm256_store_ps(scales + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
+      if (--left_in_set == 0) {
+        left_in_set = units_a_set;
+        set += w.set_bytes;
+      }
     }
     to += step;
     sets += step;

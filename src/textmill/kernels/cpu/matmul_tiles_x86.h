@@ -107,10 +107,11 @@ TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* records,
     const float* tail = reinterpret_cast<const float*>(records[r] + kRecordScale);
     const __m256 s = _mm256_broadcast_ss(tail);
     const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
+    const __m256 zero_sum = _mm256_mul_ps(fixed.zero, sum);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       __m256 t = _mm256_cvtepi32_ps(dots[r][c]);
-      if (kZero) t = _mm256_fnmadd_ps(fixed.zero, sum, t);
+      if (kZero) t = _mm256_sub_ps(t, zero_sum);
       t = _mm256_mul_ps(t, scale[c]);
       if (kOffsets) t = _mm256_fmadd_ps(offset[c], sum, t);
       float* at = fixed.y + r * kLd + c * 8;

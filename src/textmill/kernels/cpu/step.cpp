@@ -11,11 +11,11 @@ namespace {
 constexpr int64_t kChunkFloats = 12 * 1024;
 // ... but the threads share what is worth sharing.
 constexpr int64_t kLeastRows = 4;
-// A chunk of a product takes at least as long as so many multiply-adds or so many bytes of weights, whichever is more...
-constexpr int64_t kLeastMacs = 320 * 1024;
+// A chunk of a product takes at least as long as so many multiply-adds or so many bytes of weights, whichever is less...
+constexpr int64_t kLeastMacs = 400 * 1024;
 constexpr int64_t kLeastBytes = 56 * 1024;
-// ... and is not larger than this, which keeps its weights in a core's second cache from one tile of rows to the next.
-constexpr int64_t kMostMacs = 6 * 1024 * 1024;
+// ... and not much longer than so many: the last chunk of a product is waited for.
+constexpr int64_t kMostMacs = 1536 * 1024;
 constexpr int64_t kMostBytes = 256 * 1024;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -157,8 +157,12 @@ uint32_t Step::begin_matmul() {
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(op.matrix->bytes()) / n);
   const int64_t least = std::max<int64_t>(1, std::min(kLeastMacs / macs, kLeastBytes / bytes));
   const int64_t most = std::max(least, std::min(kMostMacs / macs, kMostBytes / bytes));
-  const int64_t shared = n * row_tiles_ / (threads_ * 4);  // four chunks a thread
-  columns_ = std::min(round_up(std::clamp(shared, least, most), kColumnBlock), round_up(n, kColumnBlock));
+  const int64_t shared = n * row_tiles_ / (threads_ * 16);
+  const int64_t wanted = std::clamp(shared, least, most);
+  // Threads get the same number of chunks, and chunks whole tiles: two blocks of columns, or a strip where rows are many.
+  const int64_t share = n / round_up((n + wanted - 1) / wanted, threads_);
+  const int64_t unit = 2 * kColumnBlock, fewest = tall < 16 ? unit : 2 * unit;
+  columns_ = std::min(std::max(fewest, share / unit * unit), round_up(n, kColumnBlock));
   return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
 }
 
