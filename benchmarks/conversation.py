@@ -81,7 +81,7 @@ def question(dice: random.Random, words: int) -> Message:
 
 
 def converse(port: int, until: int, user_tokens: int, answer_tokens: int) -> list[Turn]:
-    """Turns until the next would pass `until` tokens; then the last one again behind another beginning: all computed."""
+    """Turns until the next would pass `until` tokens; then the last again behind another beginning: all computed."""
     dice = random.Random("conversation")
     messages: list[Message] = []
     turns: list[Turn] = []
