@@ -17,6 +17,7 @@ constexpr int64_t kLeastBytes = 56 * 1024;
 // ... and not much longer than so many: the last chunk of a product is waited for.
 constexpr int64_t kMostMacs = 1536 * 1024;
 constexpr int64_t kMostBytes = 256 * 1024;
+constexpr int64_t kFewRows = 4;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -157,8 +158,14 @@ uint32_t Step::begin_matmul() {
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(op.matrix->bytes()) / n);
   const int64_t least = std::max<int64_t>(1, std::min(kLeastMacs / macs, kLeastBytes / bytes));
   const int64_t most = std::max(least, std::min(kMostMacs / macs, kMostBytes / bytes));
-  const int64_t shared = n * row_tiles_ / (threads_ * 16);
+  // Few rows wait for memory, which is fastest in long runs: four chunks a thread; many rows compute.
+  const bool few = tall <= kFewRows;
+  const int64_t shared = n * row_tiles_ / (threads_ * (few ? 4 : 16));
   const int64_t wanted = std::clamp(shared, least, most);
+  if (few) {
+    columns_ = std::min(round_up(wanted, kColumnBlock), round_up(n, kColumnBlock));
+    return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
+  }
   // Threads get the same number of chunks, and chunks whole tiles: two blocks of columns, or a strip where rows are many.
   const int64_t share = n / round_up((n + wanted - 1) / wanted, threads_);
   const int64_t unit = 2 * kColumnBlock, fewest = tall < 16 ? unit : 2 * unit;
