@@ -131,6 +131,8 @@ def test_nothing_heavy_is_imported_with(root: str) -> None:
         ("textmill.wire.client", {"torch", "transformers"}),
         ("textmill.engine.engine", {"torch", "transformers", "grpc"}),
         ("textmill.weights.source", {"torch", "transformers"}),
+        ("textmill.runner.native_executor", {"torch", "transformers", "grpc"}),
+        ("textmill.models.llama", {"torch", "transformers"}),
         ("textmill.cli.launch", {"torch", "grpc", "starlette", "tokenizers", "huggingface_hub", "rich"}),
         ("textmill.cli.launcher", {"torch", "grpc", "starlette", "tokenizers", "huggingface_hub", "rich"}),
     ],

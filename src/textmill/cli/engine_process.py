@@ -51,9 +51,6 @@ def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int)
 
 def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
     """The engine with its warm runner. Raises ConfigError, ModelError."""
-    import torch
-
-    status.report("start", f"PyTorch {torch.__version__} is in memory")
     from textmill.engine.engine import Engine
     from textmill.engine.scheduler import EngineSettings
     from textmill.runner.build import build_runner

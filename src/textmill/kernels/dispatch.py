@@ -1,20 +1,21 @@
 """The operations that layers call: torch tensors take the torch reference, `Rows` are recorded in their native program.
 
-This is the only place that asks which platform it is on.
+This is the only place that asks which platform it is on. Torch is imported only where a tensor is computed.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-
-from textmill.kernels import native, reference
+from textmill.kernels import native
 from textmill.kernels.native import NativeWeight, Rows
-from textmill.kernels.spec import PackedMatrix
+from textmill.kernels.spec import Array, PackedMatrix
 
-Values: TypeAlias = torch.Tensor | Rows
-Matrix: TypeAlias = torch.Tensor | PackedMatrix | NativeWeight
+if TYPE_CHECKING:
+    import torch
+
+Values: TypeAlias = "torch.Tensor | Rows"
+Matrix: TypeAlias = "Array | PackedMatrix | NativeWeight"
 
 
 def native_available() -> bool:
@@ -27,17 +28,21 @@ def instruction_set() -> str:
     return native.instruction_set() if native.LOADED else "torch"
 
 
-def rms_norm(x: Values, weight: torch.Tensor, eps: float, plus_one: bool = False) -> Values:
+def rms_norm(x: Values, weight: Array, eps: float, plus_one: bool = False) -> Values:
     """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight)."""
     if isinstance(x, Rows):
         return x.program.rms_norm(x, weight, eps, plus_one)
+    from textmill.kernels import reference
+
     return reference.rms_norm(x, weight, eps, plus_one)
 
 
-def layer_norm(x: Values, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Values:
+def layer_norm(x: Values, weight: Array, bias: Array | None, eps: float) -> Values:
     """(x - mean) / sqrt(variance + eps) * weight + bias."""
     if isinstance(x, Rows):
         return x.program.layer_norm(x, weight, bias, eps)
+    from textmill.kernels import reference
+
     return reference.layer_norm(x, weight, bias, eps)
 
 
@@ -45,7 +50,7 @@ def matmul(
     x: Values,
     matrix: Matrix,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Array | None = None,
     activation: str | None = None,
     gated: bool = False,
 ) -> Values:
@@ -59,6 +64,8 @@ def matmul(
         return x.program.matmul(x, matrix, bias=bias, activation=activation, gated=gated)
     if isinstance(matrix, NativeWeight):
         raise TypeError("a NativeWeight multiplies recorded Rows, not tensors")
+    from textmill.kernels import reference
+
     return reference.matmul(x, matrix, bias=bias, activation=activation, gated=gated)
 
 
@@ -82,6 +89,8 @@ def softcap(x: Values, cap: float) -> Values:
     """cap * tanh(x / cap)."""
     if isinstance(x, Rows):
         return x.program.softcap(x, cap)
+    from textmill.kernels import reference
+
     return reference.softcap(x, cap)
 
 
@@ -89,6 +98,8 @@ def activation(x: Values, name: str) -> Values:
     """The function called `name` of every element."""
     if isinstance(x, Rows):
         return x.program.activation(x, name)
+    from textmill.kernels import reference
+
     return reference.activation(x, name)
 
 
@@ -96,4 +107,6 @@ def gated_activation(x: Values, name: str) -> Values:
     """activation(first half of the columns) * second half."""
     if isinstance(x, Rows):
         return x.program.gated_activation(x, name)
+    from textmill.kernels import reference
+
     return reference.gated_activation(x, name)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from textmill.kernels.spec import ACTIVATIONS, AttentionSpec
+from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec
 
 try:
     from textmill import _native
 except ImportError:  # not built: the torch reference serves
     _native = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    import torch
-
-    Array: TypeAlias = NDArray[Any] | torch.Tensor
 
 LOADED = _native is not None
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from textmill.kernels.spec import ACTIVATIONS, CHUNK, AttentionSpec, PackedMatrix
+from textmill.kernels.spec import ACTIVATIONS, CHUNK, Array, AttentionSpec, PackedMatrix
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -17,17 +18,22 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
+def floats(values: Array) -> torch.Tensor:
+    """Weights as a float32 tensor, whatever they were read as."""
+    return torch.as_tensor(values).float()
+
+
+def rms_norm(x: torch.Tensor, weight: Array, eps: float, plus_one: bool = False) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (or * (1 + weight)), computed in float32."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * (weight.float() + 1.0 if plus_one else weight.float())).to(x.dtype)
+    return (wide * (floats(weight) + 1.0 if plus_one else floats(weight))).to(x.dtype)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, weight: Array, bias: Array | None, eps: float) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias."""
-    wide_bias = None if bias is None else bias.float()
-    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide_bias, eps).to(x.dtype)
+    wide_bias = None if bias is None else floats(bias)
+    return F.layer_norm(x.float(), (x.shape[-1],), floats(weight), wide_bias, eps).to(x.dtype)
 
 
 def activation(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -59,18 +65,18 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(matrix: PackedMatrix) -> torch.Tensor:
     """The float32 [n, k] matrix that the codes stand for."""
-    codes = (matrix.codes.float() - matrix.zero).reshape(*matrix.scales.shape, matrix.group)
-    grouped = codes * matrix.scales.unsqueeze(-1)
+    codes = (floats(matrix.codes) - matrix.zero).reshape(*matrix.scales.shape, matrix.group)
+    grouped = codes * floats(matrix.scales).unsqueeze(-1)
     if matrix.offsets is not None:
-        grouped = grouped + matrix.offsets.unsqueeze(-1)
+        grouped = grouped + floats(matrix.offsets).unsqueeze(-1)
     return grouped.flatten(-2)
 
 
 def matmul(
     x: torch.Tensor,
-    matrix: torch.Tensor | PackedMatrix,
+    matrix: Array | PackedMatrix,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Array | None = None,
     activation: str | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
@@ -78,25 +84,23 @@ def matmul(
 
     A packed W multiplies quantized activations (quantize_rows); a float W multiplies x itself.
     """
-    if isinstance(matrix, torch.Tensor):
-        y = F.linear(x, matrix)
+    if isinstance(matrix, torch.Tensor | np.ndarray):
+        y = F.linear(x, torch.as_tensor(matrix))
     else:
         codes, scales = quantize_rows(x)
         approximate = (codes * scales.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
         y = (approximate @ dequantize(matrix).T).to(x.dtype)
     if bias is not None:
-        y = y + bias
+        y = y + torch.as_tensor(bias)
     if gated:
         return gated_activation(y, activation) if activation else torch.mul(*y.chunk(2, dim=-1))
     return FUNCTIONS[ACTIVATIONS[activation]](y) if activation else y
 
 
-def rotate(
-    x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, positions: torch.Tensor, cos: Array, sin: Array, interleaved: bool) -> torch.Tensor:
     """Turns the first 2 * cos.shape[-1] numbers of every head of x [rows, heads, head_dim] by its position's angles."""
     half = cos.shape[-1]
-    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    cos, sin = (floats(table)[positions].unsqueeze(1) for table in (cos, sin))
     turning, rest = x[..., : 2 * half], x[..., 2 * half :]
     first, second = (
         (turning[..., 0::2], turning[..., 1::2]) if interleaved else (turning[..., :half], turning[..., half:])
@@ -106,9 +110,9 @@ def rotate(
     return torch.cat((together, rest), dim=-1)
 
 
-def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def head_norm(x: torch.Tensor, weight: Array, eps: float) -> torch.Tensor:
     """RMS norm of x [rows, heads, head_dim] per head, or over all heads if the weight is as long as all of them."""
-    if weight.numel() == x.shape[-1]:
+    if len(weight) == x.shape[-1]:
         return rms_norm(x, weight, eps)
     return rms_norm(x.flatten(1), weight, eps).view_as(x)
 
@@ -141,7 +145,7 @@ def attend_one(
     i = torch.arange(start, start + q.shape[0], device=q.device).unsqueeze(1)
     j = torch.arange(keys.shape[0], device=q.device)
     if spec.alibi is not None:
-        scores = scores + spec.alibi.view(-1, 1, 1) * (j - i)
+        scores = scores + floats(spec.alibi).view(-1, 1, 1) * (j - i)
     hidden = (j > i) | (i - j >= spec.window) if spec.window else j > i
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+
+# Weights as they are read: numpy where that will do, since the native kernels need no torch, which takes a second to
+# import; torch tensors from files that only torch can read.
+Array: TypeAlias = "NDArray[Any] | torch.Tensor"
 
 # Names in checkpoints' configurations -> the functions we have.
 ACTIVATIONS = {
@@ -33,11 +39,11 @@ class PackedMatrix(Protocol):
     """
 
     @property
-    def codes(self) -> torch.Tensor: ...
+    def codes(self) -> Array: ...
     @property
-    def scales(self) -> torch.Tensor: ...
+    def scales(self) -> Array: ...
     @property
-    def offsets(self) -> torch.Tensor | None: ...
+    def offsets(self) -> Array | None: ...
     @property
     def zero(self) -> int: ...
     @property
@@ -76,10 +82,10 @@ class AttentionSpec:
     scale: float
     window: int = 0
     softcap: float = 0.0
-    alibi: torch.Tensor | None = None
-    rope_cos: torch.Tensor | None = None
-    rope_sin: torch.Tensor | None = None
+    alibi: Array | None = None
+    rope_cos: Array | None = None
+    rope_sin: Array | None = None
     rope_interleaved: bool = False
-    q_norm: torch.Tensor | None = None
-    k_norm: torch.Tensor | None = None
+    q_norm: Array | None = None
+    k_norm: Array | None = None
     norm_eps: float = 1e-6

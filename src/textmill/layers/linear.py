@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from textmill.errors import ModelError
 from textmill.kernels import dispatch
-from textmill.kernels.native import NativeWeight, dense_weight, pack_weight
+from textmill.kernels.native import NativeWeight, Rows, dense_weight, pack_weight, plain
+from textmill.kernels.spec import Array
 from textmill.layers.types import Hidden, hidden
 from textmill.quant.packed import Packed
 from textmill.weights.view import View
 
-Canonical = Packed | Tensor
+Canonical: TypeAlias = "Packed | Array"
 
 
 class Matrix:
@@ -41,19 +42,19 @@ class Matrix:
 
     def form_for(self, x: Hidden | None) -> NativeWeight | Canonical:
         """The form that multiplies rows like `x`; None stands for a recording."""
-        return self.plain() if isinstance(x, Tensor) else self.native()
+        return self.native() if x is None or isinstance(x, Rows) else self.plain()
 
 
 def to_native(matrix: Canonical) -> NativeWeight:
-    if isinstance(matrix, Tensor):
-        return dense_weight(matrix.to(torch.float32).contiguous())
-    return pack_weight(matrix.codes, matrix.scales, matrix.offsets, matrix.zero, matrix.bits, matrix.group)
+    if isinstance(matrix, Packed):
+        return pack_weight(matrix.codes, matrix.scales, matrix.offsets, matrix.zero, matrix.bits, matrix.group)
+    return dense_weight(matrix)
 
 
 class Linear:
     """y = x W^T (+ bias)."""
 
-    def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
+    def __init__(self, matrix: Matrix, bias: Array | None = None) -> None:
         self.matrix = matrix
         self.bias = bias
 
@@ -75,10 +76,11 @@ def joined(views: Sequence[View]) -> Matrix:
 def join(parts: Sequence[Canonical]) -> Canonical:
     if all(isinstance(part, Packed) for part in parts):
         return Packed.join([part for part in parts if isinstance(part, Packed)])
-    return torch.cat([part.dequantize() if isinstance(part, Packed) else part for part in parts])
+    dense = [part.dequantize() if isinstance(part, Packed) else part for part in parts]
+    return np.concatenate([plain(part, np.float32) for part in dense])
 
 
-def bias(views: Sequence[View]) -> Tensor | None:
+def bias(views: Sequence[View]) -> Array | None:
     """The biases of several matrices, joined; either all have one or none."""
     found = [view.has("bias") for view in views]
     if not any(found):
@@ -86,7 +88,7 @@ def bias(views: Sequence[View]) -> Tensor | None:
     if not all(found):
         missing = views[found.index(False)].name
         raise ModelError(f"{missing} has no bias, but its siblings have one")
-    return torch.cat([view.tensor("bias") for view in views])
+    return np.concatenate([plain(view.tensor("bias"), np.float32) for view in views])
 
 
 def column(w: View, *names: str) -> Linear:

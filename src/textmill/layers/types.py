@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from textmill.kernels.native import NativeWeight, Rows
-from textmill.kernels.spec import AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec
 from textmill.quant.packed import Packed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A batch of token rows [rows, columns]. While a program is recorded it is a `kernels.native.Rows`, a handle with the
 # operators that models use; models and layers are written, and checked, for tensors.
-Hidden: TypeAlias = Tensor
+Hidden: TypeAlias = "Tensor"
 
 
 def hidden(x: Tensor | Rows) -> Hidden:
     """What a kernel returned, under the name that models use."""
-    return cast(Hidden, x)
+    return cast("Tensor", x)
 
 
 class Stored(Protocol):
     """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
 
-    def form_for(self, x: Hidden | None) -> NativeWeight | Packed | Tensor: ...
+    def form_for(self, x: Hidden | None) -> NativeWeight | Packed | Array: ...
 
 
 class Context(Protocol):

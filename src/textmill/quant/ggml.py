@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from textmill.kernels import native
@@ -49,8 +48,7 @@ def unpack(number: int, data: Bytes, rows: int, inputs: int) -> Packed:
     if not native.ggml_supported(number):
         return unpack_reference(number, data, rows, inputs)
     codes, scales, offsets, zero, bits, _ = native.ggml_unpack(number, data, rows, inputs)
-    wide = None if offsets is None else torch.from_numpy(offsets)
-    return Packed(torch.from_numpy(codes), torch.from_numpy(scales), wide, zero, bits)
+    return Packed(codes, scales, offsets, zero, bits)
 
 
 def unpack_reference(number: int, data: Bytes, rows: int, inputs: int) -> Packed:
@@ -58,18 +56,18 @@ def unpack_reference(number: int, data: Bytes, rows: int, inputs: int) -> Packed
     layout = LAYOUTS[number]
     codes, scales, offsets = layout.unpack(_blocks(number, data))
     return Packed(
-        torch.from_numpy(codes.reshape(rows, inputs)),
-        torch.from_numpy(scales.reshape(rows, -1)),
-        None if offsets is None else torch.from_numpy(offsets.reshape(rows, -1)),
+        codes.reshape(rows, inputs),
+        scales.reshape(rows, -1),
+        None if offsets is None else offsets.reshape(rows, -1),
         layout.zero,
         layout.bits,
     )
 
 
-def dequantize(number: int, data: Bytes, shape: tuple[int, ...]) -> torch.Tensor:
+def dequantize(number: int, data: Bytes, shape: tuple[int, ...]) -> Floats:
     """The stored bytes of a tensor of a type that `can_read`, in float32."""
     if number in _PLAIN:
-        return torch.from_numpy(_PLAIN[number](data).reshape(shape))
+        return _PLAIN[number](data).reshape(shape)
     return (
         unpack(number, data, data.size // types.GGML_TYPES[number].bytes, types.GGML_TYPES[number].block)
         .dequantize()

@@ -8,10 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from textmill.kernels import reference
+if TYPE_CHECKING:
+    import torch
+
+Codes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,9 +28,9 @@ class Packed:
     `bits` is 4 (codes up to 15) or 8 (codes up to 255); `zero` is the code that stands for the value `offset`.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor | None
+    codes: Codes
+    scales: Floats
+    offsets: Floats | None
     zero: int
     bits: int
 
@@ -34,14 +41,14 @@ class Packed:
     @property
     def group(self) -> int:
         """Inputs that share one scale and one offset."""
-        return self.codes.shape[1] // self.scales.shape[1]
+        return int(self.codes.shape[1] // self.scales.shape[1])
 
     @property
     def layout(self) -> tuple[int, int, int, bool]:
         """What must be equal for two matrices to lie in one without re-expressing: bits, group, zero, offsets."""
         return self.bits, self.group, self.zero, self.offsets is not None
 
-    def take(self, rows: torch.Tensor) -> Packed:
+    def take(self, rows: Rows) -> Packed:
         """The rows with these numbers, in this order."""
         offsets = None if self.offsets is None else self.offsets[rows]
         return Packed(self.codes[rows], self.scales[rows], offsets, self.zero, self.bits)
@@ -49,13 +56,13 @@ class Packed:
     def cut(self, dim: int, start: int, stop: int) -> Packed:
         """Rows (dim 0) or inputs (dim 1) [start, stop); inputs can be cut only between groups (ValueError)."""
         if dim == 0:
-            return self.take(torch.arange(start, stop))
+            return self.take(np.arange(start, stop))
         if start % self.group or stop % self.group:
             raise ValueError(f"inputs {start}:{stop} do not fall between groups of {self.group}")
         groups = slice(start // self.group, stop // self.group)
-        offsets = None if self.offsets is None else self.offsets[:, groups].contiguous()
-        codes = self.codes[:, start:stop].contiguous()
-        return Packed(codes, self.scales[:, groups].contiguous(), offsets, self.zero, self.bits)
+        offsets = None if self.offsets is None else np.ascontiguousarray(self.offsets[:, groups])
+        codes = np.ascontiguousarray(self.codes[:, start:stop])
+        return Packed(codes, np.ascontiguousarray(self.scales[:, groups]), offsets, self.zero, self.bits)
 
     @staticmethod
     def join(parts: Sequence[Packed]) -> Packed:
@@ -64,20 +71,26 @@ class Packed:
             parts = _common(parts)
         offsets = [part.offsets for part in parts if part.offsets is not None]
         return Packed(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(offsets) if offsets else None,
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(offsets) if offsets else None,
             parts[0].zero,
             parts[0].bits,
         )
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] times this matrix's transpose, x rounded to 8 bits per chunk of 32 as the kernels do: [..., n]."""
+        from textmill.kernels import reference
+
         return reference.matmul(x, self)
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Floats:
         """The matrix in float32 [n, k]."""
-        return reference.dequantize(self)
+        codes = (self.codes.astype(np.float32) - np.float32(self.zero)).reshape(*self.scales.shape, self.group)
+        grouped = codes * self.scales[:, :, None]
+        if self.offsets is not None:
+            grouped += self.offsets[:, :, None]
+        return grouped.reshape(self.shape)
 
 
 def _common(parts: Sequence[Packed]) -> list[Packed]:
@@ -94,8 +107,8 @@ def _common(parts: Sequence[Packed]) -> list[Packed]:
 
 def _express(part: Packed, bits: int, group: int, zero: int, with_offsets: bool) -> Packed:
     repeat = part.group // group
-    scales = part.scales.repeat_interleave(repeat, 1)
+    scales = np.repeat(part.scales, repeat, axis=1)
     offsets = None
     if with_offsets:
-        offsets = torch.zeros_like(scales) if part.offsets is None else part.offsets.repeat_interleave(repeat, 1)
-    return Packed(part.codes + (zero - part.zero), scales, offsets, zero, bits)
+        offsets = np.zeros_like(scales) if part.offsets is None else np.repeat(part.offsets, repeat, axis=1)
+    return Packed(part.codes + np.uint8(zero - part.zero), scales, offsets, zero, bits)

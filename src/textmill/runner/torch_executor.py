@@ -10,6 +10,7 @@ from torch import Tensor
 
 from textmill.core import Sampled, SlotWork, TokenChoice
 from textmill.kernels import reference
+from textmill.kernels.native import NativeWeight
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
@@ -38,11 +39,11 @@ class EagerContext:
 
     def embed(self, table: Stored, scale: float = 1.0) -> Tensor:
         matrix = table.form_for(self._tokens)
-        if isinstance(matrix, Tensor):
-            return matrix[self._tokens] * scale
         if isinstance(matrix, Packed):
-            return matrix.take(self._tokens).dequantize() * scale
-        raise TypeError("an eager step needs a torch table")
+            return torch.from_numpy(matrix.take(self._tokens.numpy()).dequantize()) * scale
+        if isinstance(matrix, NativeWeight):
+            raise TypeError("an eager step needs a plain table")
+        return torch.as_tensor(matrix)[self._tokens] * scale
 
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache[layer]

@@ -1,6 +1,6 @@
 """A checkpoint as one lazy mapping under Hugging Face names, whatever files it lies in; tensors are read when asked.
 
-Torch is imported only where tensors are made.
+GGUF files are read with numpy; torch is imported only for what it alone can read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from textmill.errors import ModelError
 from textmill.quant.ggml_types import GGML_TYPES
@@ -20,6 +23,7 @@ from textmill.weights.view import View
 if TYPE_CHECKING:
     import torch
 
+    from textmill.kernels.spec import Array
     from textmill.quant.packed import Packed
 
 
@@ -52,9 +56,9 @@ class Checkpoint(ABC):
         """The tensor's shape; raises ModelError for a name that is not there."""
 
     @abstractmethod
-    def _tensor(self, name: str) -> torch.Tensor: ...
+    def _tensor(self, name: str) -> Array: ...
 
-    def _matrix(self, name: str) -> Packed | torch.Tensor:
+    def _matrix(self, name: str) -> Packed | Array:
         return self._tensor(name)
 
     def has(self, name: str) -> bool:
@@ -63,11 +67,11 @@ class Checkpoint(ABC):
     @abstractmethod
     def _index(self) -> dict[str, Any]: ...
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Array:
         self._note(name)
         return self._tensor(name)
 
-    def matrix(self, name: str) -> Packed | torch.Tensor:
+    def matrix(self, name: str) -> Packed | Array:
         self._note(name)
         return self._matrix(name)
 
@@ -126,7 +130,7 @@ class GgufCheckpoint(Checkpoint):
     def _index(self) -> dict[str, Any]:
         return self._tensors
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str) -> NDArray[np.float32]:
         from textmill.quant import ggml
 
         tensor = self._tensors[name]
@@ -137,7 +141,7 @@ class GgufCheckpoint(Checkpoint):
         rows = self._row_order(tensor)
         return values if rows is None else values[rows]
 
-    def _matrix(self, name: str) -> Packed | torch.Tensor:
+    def _matrix(self, name: str) -> Packed | Array:
         from textmill.quant import ggml
 
         tensor = self._tensors[name]
@@ -147,10 +151,8 @@ class GgufCheckpoint(Checkpoint):
         rows = self._row_order(tensor)
         return packed if rows is None else packed.take(rows)
 
-    def _row_order(self, tensor: GgufTensor) -> torch.Tensor | None:
+    def _row_order(self, tensor: GgufTensor) -> NDArray[np.int64] | None:
         """The rows that bring a permuted projection back to half-split rotary order, or None if it is not one."""
-        import torch
-
         key = permuted_heads(self._family, tensor.name)
         if key is None:
             return None
@@ -158,7 +160,7 @@ class GgufCheckpoint(Checkpoint):
         rows = tensor.shape[0]
         if rows % (2 * heads):
             raise ModelError(f"{self.path}: {tensor.name}: {rows} rows do not divide into {heads} heads")
-        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+        return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -183,7 +185,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _index(self) -> dict[str, Any]:
         return self._where
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str) -> Array:
         tensor: torch.Tensor = self._slice(name)[...]
         return tensor.float() if tensor.is_floating_point() else tensor
 

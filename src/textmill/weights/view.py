@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
+    from textmill.kernels.spec import Array
     from textmill.quant.packed import Packed
     from textmill.weights.checkpoint import Checkpoint
     from textmill.weights.config import ModelConfig
@@ -38,10 +37,10 @@ class View:
     def shape(self, leaf: str) -> tuple[int, ...]:
         return self.checkpoint.shape(self.path(leaf))
 
-    def tensor(self, leaf: str) -> torch.Tensor:
+    def tensor(self, leaf: str) -> Array:
         return self.checkpoint.tensor(self.path(leaf))
 
-    def matrix(self, leaf: str) -> Packed | torch.Tensor:
+    def matrix(self, leaf: str) -> Packed | Array:
         return self.checkpoint.matrix(self.path(leaf))
 
     def __repr__(self) -> str:
