@@ -9,7 +9,7 @@ from hypothesis import given
 from scripted import limits
 
 from textmill.core import Step
-from textmill.engine.pacing import FEWEST, STRETCH, Pacing
+from textmill.engine.pacing import FEWEST, FRESH, STRETCH, Pacing
 from textmill.engine.scheduler import EngineSettings
 
 TOKEN = 0.001  # seconds of a prompt token
@@ -63,6 +63,8 @@ def test_averages_follow_and_hiccups_hardly_count() -> None:
 def test_a_machine_that_slows_down_changes_nothing() -> None:
     pacing = taught()
     before = pacing.allowance(8, 8, 1)
+    for _ in range(FRESH):
+        pacing.observe(8, 50, QUIET + 50 * TOKEN)
     for _ in range(60):
         pacing.observe(8, 50, 3 * (QUIET + 50 * TOKEN))
     assert pacing.quiet_seconds(8) == pytest.approx(3 * QUIET, rel=0.01)
@@ -71,9 +73,8 @@ def test_a_machine_that_slows_down_changes_nothing() -> None:
 
 def test_what_a_prompt_costs_is_found_from_steps_with_both() -> None:
     pacing = taught(token=5 * TOKEN)
-    for _ in range(100):
+    for _ in range(FRESH):
         pacing.observe(8, 50, QUIET + 50 * TOKEN)
-        pacing.observe(8, 0, QUIET)
     assert pacing.allowance(8, 8, 1) == pytest.approx((STRETCH - 1) * QUIET / TOKEN, abs=2)
 
 

@@ -1,7 +1,9 @@
 """How many prompt tokens a step may compute beside running streams, learned from what earlier steps took.
 
 A step is taken to cost what a quiet one of as many decode tokens costs, plus a constant for each prompt token. Only the
-ratio of the two matters, so a machine that is slower for a while changes nothing.
+ratio of the two matters. If quiet steps were seen a moment ago, a step that takes longer than expected tells what prompt
+tokens cost now (more and more, the further on in a long prompt); else both are scaled, and a machine that is slower for
+a while changes nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 STRETCH = 2.8  # a step with prompts in it may take so many times what a quiet one takes
 FEWEST = 16  # prompt tokens that every step may have: a prompt always gets on
 TELLING = 64  # prompt tokens in a step without decodes from which on it tells what one costs
+FRESH = 64  # steps with prompts in a row, for which the quiet steps before them still count as of a moment ago
 WEIGHT = 0.15  # of the newest measurement in an average
 WILDEST = 4.0  # a measurement counts as at most so many times the average, or as little: the machine had a hiccup
 
@@ -19,6 +22,7 @@ class Pacing:
     def __init__(self) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step without prompts, by its tokens
         self._prompt_token = 0.0  # seconds
+        self._age = 0  # steps with both since the last quiet one
 
     def observe(self, decode_tokens: int, prompt_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
@@ -26,13 +30,20 @@ class Pacing:
             return
         if not prompt_tokens:
             self._quiet[decode_tokens] = average(self._quiet.get(decode_tokens, 0.0), seconds)
+            self._age = 0
         elif not decode_tokens:
             if prompt_tokens >= TELLING:
                 self._prompt_token = average(self._prompt_token, seconds / prompt_tokens)
         elif self._prompt_token and self._quiet:
-            self._share_out(seconds / (self.quiet_seconds(decode_tokens) + prompt_tokens * self._prompt_token))
+            self._age += 1
+            quiet = self.quiet_seconds(decode_tokens)
+            if self._age <= FRESH:
+                least = self._prompt_token / WILDEST
+                self._prompt_token = average(self._prompt_token, max((seconds - quiet) / prompt_tokens, least))
+            else:
+                self._scale(seconds / (quiet + prompt_tokens * self._prompt_token))
 
-    def _share_out(self, surprise: float) -> None:
+    def _scale(self, surprise: float) -> None:
         """A step with both took `surprise` times what was expected: nobody knows which of the two it was."""
         factor = min(max(surprise, 1 / WILDEST), WILDEST) ** WEIGHT
         self._prompt_token *= factor
