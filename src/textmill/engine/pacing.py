@@ -1,9 +1,9 @@
 """How many prompt tokens a step may compute beside running streams, learned from what earlier steps took.
 
 A step is taken to cost what a quiet one of as many decode tokens costs, plus a constant for each prompt token. Only the
-ratio of the two matters. If quiet steps were seen a moment ago, a step that takes longer than expected tells what prompt
-tokens cost now (more and more, the further on in a long prompt); else both are scaled, and a machine that is slower for
-a while changes nothing.
+ratio of the two matters. If quiet steps were seen a moment ago, a step that takes longer than expected tells what a
+prompt's tokens cost now (more and more, the further on in a long prompt); else both are scaled, and a machine that is
+slower for a while changes nothing.
 """
 
 from __future__ import annotations
