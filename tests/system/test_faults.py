@@ -150,9 +150,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_bodies_disturb_nobody(server: Server, name: str) -> None:
     payload, status, message = BAD[name]
-    golden = server.post("/generate", {"inputs": LONG["inputs"], "parameters": {"max_new_tokens": 60}})[2]
+    beside = {"inputs": LONG["inputs"], "parameters": {"max_new_tokens": 200, "ignore_eos_token": True}}
+    golden = server.post("/generate", beside)[2]
     assert isinstance(golden, dict)
-    reader, writer = await opened(server, {"inputs": LONG["inputs"], "parameters": {"max_new_tokens": 60}})
+    reader, writer = await opened(server, beside)
     await first_token(reader)
     bad_reader, bad_writer = await asyncio.open_connection("127.0.0.1", server.port)
     bad_writer.write(head("/generate", len(payload)) + payload)
@@ -166,7 +167,9 @@ async def test_bad_bodies_disturb_nobody(server: Server, name: str) -> None:
 
 async def test_sigterm_lets_streams_finish_and_leaves_nothing(launch: Callable[..., Server]) -> None:
     server = launch("--graceful-termination-timeout", "30")
-    reader, writer = await opened(server, {"inputs": "Hi", "parameters": {"max_new_tokens": 150}})
+    reader, writer = await opened(
+        server, {"inputs": "Hi", "parameters": {"max_new_tokens": 150, "ignore_eos_token": True}}
+    )
     await first_token(reader)
     children = server.children()
     server.process.send_signal(signal.SIGTERM)
