@@ -1,44 +1,43 @@
 """Prints what this machine can give at most: read bandwidth, byte products and float products, on one core and on all.
 
-Builds limits.cpp with the C++ compiler found (CXX, else g++) and runs it. `--json` prints the figures as one JSON list.
+The probe is the one that `textmill launch --profile` holds kernels against (kernels/cpu/limits.cpp). `--json` prints the
+figures as one JSON list.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+
+from textmill.kernels.limits import machine_limits
+from textmill.kernels.native import instruction_set, set_threads
 
 ROWS = (
     ("read_1gib_gb_s", "read bandwidth, 1 GiB buffer", "GB/s"),
     ("read_96mib_gb_s", "read bandwidth, 96 MiB buffer", "GB/s"),
-    ("byte_products_gmac_s", "byte products (vpmaddubsw + vpaddw)", "GMAC/s"),
+    ("byte_products_gmac_s", "unsigned x signed byte products", "GMAC/s"),
     ("fma_gmac_s", "float32 products (FMA)", "GMAC/s"),
 )
 
 
-def build(folder: Path) -> Path:
-    """Compiles the measuring program into `folder`."""
-    program = folder / "limits"
-    source = Path(__file__).with_name("limits.cpp")
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++17", "-O2", "-pthread", str(source), "-o", str(program)], check=True)
-    return program
-
-
-def measure(program: Path, threads: int, seconds: float) -> dict[str, float]:
-    """One run of the program with so many threads."""
-    command = [str(program), str(threads), str(seconds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, float] = json.loads(done.stdout)
-    return figures
+def measure(threads: int, seconds: float) -> dict[str, float]:
+    """The figures of so many threads."""
+    count = set_threads(threads)
+    large, small = (machine_limits(seconds, megabytes) for megabytes in (1024, 96))
+    return {
+        "threads": count,
+        "read_1gib_gb_s": round(large.read_gb_s, 1),
+        "read_96mib_gb_s": round(small.read_gb_s, 1),
+        "byte_products_gmac_s": round(max(large.byte_gmac_s, small.byte_gmac_s), 1),
+        "fma_gmac_s": round(max(large.float_gmac_s, small.float_gmac_s), 1),
+    }
 
 
 def table(runs: list[dict[str, float]]) -> str:
     """The figures, one row a limit and one column a run."""
-    lines = [f"{'limit':38}" + "".join(f"{int(run['threads']):>5} threads" for run in runs) + "  unit"]
+    lines = [f"{instruction_set():38}" + "".join(f"{int(run['threads']):>5} threads" for run in runs) + "  unit"]
     for key, title, unit in ROWS:
         lines.append(f"{title:38}" + "".join(f"{run[key]:>13.1f}" for run in runs) + f"  {unit}")
     return "\n".join(lines)
@@ -50,10 +49,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure")
     options = parser.parse_args()
-    threads = sorted({1, len(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory() as folder:
-        program = build(Path(folder))
-        runs = [measure(program, count, options.seconds) for count in threads]
+    runs = [measure(count, options.seconds) for count in sorted({1, len(os.sched_getaffinity(0))})]
     print(json.dumps(runs) if options.json else table(runs))
     return 0
 

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "limits.h"
+#include "machine_limits.h"
 #include "program.h"
 #include "threads.h"
 
