@@ -1,7 +1,7 @@
 """Prints what this machine can give at most: read bandwidth, byte products and float products, on one core and on all.
 
-The probe is the one that `textmill launch --profile` holds kernels against (kernels/cpu/limits.cpp). `--json` prints the
-figures as one JSON list.
+The probe is the one that `textmill launch --profile` holds kernels against (kernels/cpu/machine_limits.cpp). `--json`
+prints the figures as one JSON list.
 """
 
 from __future__ import annotations
