@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.kernels.tiny import random_packed, rope
 from textmill.kernels import reference
-from textmill.kernels.spec import AttentionSpec, KvSpec
+from textmill.kernels.spec import AttentionSpec
 
 
 def test_attention_is_torchs_over_the_whole_past() -> None:
@@ -74,8 +74,3 @@ def test_gated_products() -> None:
     expected = F.silu(y[:, :6]) * y[:, 6:]
     torch.testing.assert_close(reference.matmul(x, w, bias=bias, activation="silu", gated=True), expected)
     torch.testing.assert_close(reference.matmul(x, w, gated=True), (x @ w.T)[:, :6] * (x @ w.T)[:, 6:])
-
-
-def test_cache_sizes() -> None:
-    assert KvSpec(3, 64).bytes_per_block(16) == 2 * 3 * 64 * 16 * 2
-    assert KvSpec(2, 20, "float32").bytes_per_block(32) == 2 * 2 * 24 * 32 * 4

@@ -52,20 +52,6 @@ class PackedMatrix(Protocol):
     def group(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class KvSpec:
-    """The keys and values of one layer; `dtype` is "float16" or "float32"."""
-
-    kv_heads: int
-    head_dim: int
-    dtype: str = "float16"
-
-    def bytes_per_block(self, block_size: int) -> int:
-        """Bytes that `block_size` tokens take in this layer. The native cache pads head_dim to a multiple of 8."""
-        padded = (self.head_dim + 7) // 8 * 8
-        return 2 * self.kv_heads * padded * block_size * (2 if self.dtype == "float16" else 4)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSpec:
     """Causal attention of one layer over rows q | k | v of (heads + 2 * kv_heads) * head_dim numbers.

@@ -13,8 +13,7 @@ from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
-
-NOT_FINITE = "the model's output for this request is not a finite number"
+from textmill.runner.runner import NOT_FINITE
 
 
 class Recorder:

@@ -13,6 +13,8 @@ from textmill.core import RunnerLimits, Sampled, SlotWork, Step, StepResult
 from textmill.runner.profile import Profiler
 from textmill.runner.slots import Tables, apply
 
+NOT_FINITE = "the model's output for this request is not a finite number"
+
 
 class Executor(Protocol):
     """Computes one step's work over the tables and samples where asked; the result is parallel to `work`."""

@@ -15,10 +15,9 @@ from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
 from textmill.quant.packed import Packed
+from textmill.runner.runner import NOT_FINITE
 from textmill.runner.slots import SlotTables, sampling_of
 from textmill.sampling.sampler import choose, prompt_logprobs
-
-NOT_FINITE = "the model's output for this request is not a finite number"
 
 
 def bytes_per_block(model: CausalLM, block_size: int) -> int:
