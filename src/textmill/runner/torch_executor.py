@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from textmill.core import Sampled, SlotWork, TokenChoice
+from textmill.core import Sampled, SlotWork
 from textmill.kernels import reference
 from textmill.kernels.native import NativeWeight
-from textmill.kernels.spec import AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
 from textmill.quant.packed import Packed
-from textmill.runner.runner import NOT_FINITE
-from textmill.runner.slots import SlotTables, sampling_of
-from textmill.sampling.sampler import choose, prompt_logprobs
+from textmill.runner.choosing import finish, wanted_count, wanted_rows
+from textmill.runner.slots import SlotTables
 
 
 def bytes_per_block(model: CausalLM, block_size: int) -> int:
@@ -34,6 +33,7 @@ class EagerContext:
         self._cache = cache
         known = [torch.from_numpy(tables.tokens[w.slot, w.start : w.start + w.count]).long() for w in work]
         self._tokens = torch.cat(known)
+        self._positions = torch.cat([torch.arange(w.start, w.start + w.count) for w in work])
         self._wanted = torch.tensor(wanted_rows(work, tables), dtype=torch.int64)
 
     def embed(self, table: Stored, scale: float = 1.0) -> Tensor:
@@ -44,30 +44,15 @@ class EagerContext:
             raise TypeError("an eager step needs a plain table")
         return torch.as_tensor(matrix)[self._tokens] * scale
 
+    def embed_positions(self, table: Array, offset: int = 0) -> Tensor:
+        return reference.floats(table)[self._positions + offset]
+
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache[layer]
         return reference.attend(qkv, keys, values, self._block_table, self._work, spec)
 
     def outputs(self, x: Hidden) -> Tensor:
         return x[self._wanted]
-
-
-def wanted_rows(work: Sequence[SlotWork], tables: SlotTables) -> list[int]:
-    """Rows whose logits are needed: all of a slot with prompt log-probabilities, else those that sample."""
-    rows: list[int] = []
-    first = 0
-    for item in work:
-        if tables.prompt_logprobs[item.slot]:
-            rows += range(first, first + item.count)
-        else:
-            rows += range(first + item.count - sampling_rows(item), first + item.count)
-        first += item.count
-    return rows
-
-
-def sampling_rows(item: SlotWork) -> int:
-    """Rows at the end of the item after which a token is chosen: that of the newest known token, and the guesses'."""
-    return 1 + len(item.draft) if item.samples else 0
 
 
 class TorchExecutor:
@@ -98,39 +83,7 @@ class TorchExecutor:
         out: list[Sampled] = []
         row = 0
         for item in work:
-            rows = item.count if self.tables.prompt_logprobs[item.slot] else sampling_rows(item)
-            out.append(self._finish(item, logits[row : row + rows]))
+            rows = wanted_count(item, self.tables)
+            out.append(finish(item, logits[row : row + rows], self.tables))
             row += rows
         return out
-
-    def _finish(self, item: SlotWork, logits: Tensor) -> Sampled:
-        """Log-probabilities of the prompt tokens the rows predicted, then the next token, or tokens."""
-        slot, tables = item.slot, self.tables
-        known = torch.from_numpy(tables.tokens[slot, : tables.length[slot]])
-        scored: tuple[float, ...] = ()
-        if tables.prompt_logprobs[slot]:
-            following = known[item.start + 1 : item.start + 1 + item.count]
-            scored = tuple(prompt_logprobs(logits[: len(following)], following).tolist())
-        if not item.samples:
-            return Sampled(slot, None, scored)
-        chosen = self._choose(item, logits[-sampling_rows(item) :], len(known))
-        if not chosen:
-            return Sampled(slot, None, scored, NOT_FINITE)
-        tables.length[slot] += len(chosen)
-        tables.tokens[slot, len(known) : tables.length[slot]] = [token.id for token in chosen]
-        return Sampled(slot, chosen[0], scored, more=tuple(chosen[1:]))
-
-    def _choose(self, item: SlotWork, logits: Tensor, length: int) -> list[TokenChoice]:
-        """A token after the newest known one and after every right guess; none after a row that is not finite."""
-        slot, tables = item.slot, self.tables
-        tokens = torch.from_numpy(tables.tokens[slot])
-        chosen: list[TokenChoice] = []
-        for row, guess in enumerate((*item.draft, None)):
-            known = [tokens[: length + row]]
-            token = choose(logits[row : row + 1], [sampling_of(tables, slot)], known, [int(tables.top_n[slot])])[0]
-            if token is None:
-                break
-            chosen.append(token)
-            if token.id != guess:
-                break
-        return chosen
