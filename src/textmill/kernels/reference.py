@@ -146,6 +146,8 @@ def attend_one(
     j = torch.arange(keys.shape[0], device=q.device)
     if spec.alibi is not None:
         scores = scores + floats(spec.alibi).view(-1, 1, 1) * (j - i)
+    if spec.key_bias is not None:
+        scores = scores + floats(spec.key_bias)[:, None, : keys.shape[0]]
     hidden = (j > i) | (i - j >= spec.window) if spec.window else j > i
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
 

@@ -56,7 +56,8 @@ class PackedMatrix(Protocol):
 class AttentionSpec:
     """Causal attention of one layer over rows q | k | v of (heads + 2 * kv_heads) * head_dim numbers.
 
-    score(i, j) = softcap(scale * q_i . k_j) + alibi[head] * (j - i), for j <= i and, with a window, i - j < window.
+    score(i, j) = softcap(scale * q_i . k_j) + alibi[head] * (j - i) + key_bias[head, j], for j <= i and, with a window,
+    i - j < window.
     Order: optional RMS norm of each q and k head (weight [head_dim], or over all heads with weight
     [heads * head_dim]), rotation, store, scores. `rope_cos`, `rope_sin`: float32 [positions, rotary_dim / 2]; the first
     rotary_dim numbers of a head turn, as halves (NeoX) or, if `rope_interleaved`, as neighbouring pairs.
@@ -69,6 +70,7 @@ class AttentionSpec:
     window: int = 0
     softcap: float = 0.0
     alibi: Array | None = None
+    key_bias: Array | None = None
     rope_cos: Array | None = None
     rope_sin: Array | None = None
     rope_interleaved: bool = False

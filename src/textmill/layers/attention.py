@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from textmill.kernels.spec import AttentionSpec
-from textmill.layers.linear import Linear, column
+import numpy as np
+from numpy.typing import NDArray
+
+from textmill.kernels.spec import Array, AttentionSpec
+from textmill.layers.linear import Linear, bias, column, joined
 from textmill.layers.rotary import Rope
 from textmill.layers.types import Context, Hidden
 from textmill.weights.config import ModelConfig
@@ -15,10 +18,41 @@ def qkv(c: ModelConfig, w: View, query: str, key: str, value: str) -> Linear:
     return column(w, query, key, value)
 
 
+def fused_qkv(c: ModelConfig, w: View, *names: str, by_group: bool = False) -> Linear:
+    """The same from matrices that hold it already, stored as [q; k; v] one after the other.
+
+    `by_group`: stored as one piece per key head, [its queries; key; value] (with as many key heads as heads: by head).
+    """
+    views = [w / name for name in names]
+    if not by_group:
+        return column(w, *names)
+    rows = grouped_rows(c.heads, c.kv_heads, c.head_dim)
+    biases = bias(views)
+    return Linear(joined(views).rows(rows), None if biases is None else biases[rows])
+
+
+def grouped_rows(heads: int, kv_heads: int, head_dim: int) -> NDArray[np.int64]:
+    """Where a matrix in pieces [queries of a key head; key; value] holds the rows of [q; k; v]."""
+    queries = heads // kv_heads
+    stored = np.arange((heads + 2 * kv_heads) * head_dim).reshape(kv_heads, queries + 2, head_dim)
+    return np.concatenate([stored[:, :queries].ravel(), stored[:, queries].ravel(), stored[:, queries + 1].ravel()])
+
+
 class Attention:
     """Attends over the sequence's own past; `layer` numbers its share of the key/value cache."""
 
-    def __init__(self, c: ModelConfig, qkv: Linear, out: Linear, layer: int, *, rope: Rope | None = None) -> None:
+    def __init__(
+        self,
+        c: ModelConfig,
+        qkv: Linear,
+        out: Linear,
+        layer: int,
+        *,
+        rope: Rope | None = None,
+        scale: float | None = None,
+        alibi: Array | None = None,
+        key_bias: Array | None = None,
+    ) -> None:
         self.qkv = qkv
         self.out = out
         self.layer = layer
@@ -26,8 +60,10 @@ class Attention:
             heads=c.heads,
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
-            scale=c.head_dim**-0.5,
+            scale=c.head_dim**-0.5 if scale is None else scale,
             window=c.sliding_window or 0,
+            alibi=alibi,
+            key_bias=key_bias,
             rope_cos=rope.cos if rope else None,
             rope_sin=rope.sin if rope else None,
             rope_interleaved=rope.interleaved if rope else False,

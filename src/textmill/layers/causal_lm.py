@@ -7,8 +7,6 @@ from typing import Protocol
 
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.attention import Attention
-from textmill.layers.embedding import Embedding
-from textmill.layers.linear import Linear
 from textmill.layers.types import Context, Hidden
 
 
@@ -24,7 +22,11 @@ class CausalLM:
     """Logits [wanted rows, vocabulary] of a step. A family's file names the parts."""
 
     def __init__(
-        self, embed: Embedding, blocks: Sequence[Block], norm: Callable[[Hidden], Hidden], head: Linear
+        self,
+        embed: Callable[[Context], Hidden],
+        blocks: Sequence[Block],
+        norm: Callable[[Hidden], Hidden],
+        head: Callable[[Hidden], Hidden],
     ) -> None:
         self.embed = embed
         self.blocks = blocks

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from textmill.errors import ModelError
 from textmill.kernels import dispatch
@@ -40,9 +41,17 @@ class Matrix:
             self._plain = self._read()
         return self._plain
 
+    def rows(self, numbers: NDArray[np.int64]) -> Matrix:
+        """The matrix of these rows of this one, in this order."""
+        return Matrix(self.name, lambda: taken(self._read(), numbers))
+
     def form_for(self, x: Hidden | None) -> NativeWeight | Canonical:
         """The form that multiplies rows like `x`; None stands for a recording."""
         return self.native() if x is None or isinstance(x, Rows) else self.plain()
+
+
+def taken(matrix: Canonical, rows: NDArray[np.int64]) -> Canonical:
+    return matrix.take(rows) if isinstance(matrix, Packed) else matrix[rows]
 
 
 def to_native(matrix: Canonical) -> NativeWeight:
@@ -69,6 +78,8 @@ def matrix(w: View) -> Matrix:
 
 def joined(views: Sequence[View]) -> Matrix:
     """Several matrices over the same input, stacked along their outputs into one."""
+    if len(views) == 1:
+        return matrix(views[0])
     name = "+".join(view.name for view in views)
     return Matrix(name, lambda: join([view.matrix("weight") for view in views]))
 
@@ -94,7 +105,7 @@ def bias(views: Sequence[View]) -> Array | None:
 def column(w: View, *names: str) -> Linear:
     """Outputs of one or more matrices side by side (cut by outputs between ranks)."""
     views = [w / name for name in names]
-    return Linear(matrix(views[0]) if len(views) == 1 else joined(views), bias(views))
+    return Linear(joined(views), bias(views))
 
 
 def row(w: View, name: str) -> Linear:

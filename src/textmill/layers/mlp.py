@@ -20,3 +20,16 @@ class GatedMLP:
         gate_up = self.gate_up
         matrix = gate_up.matrix.form_for(x)
         return self.down(hidden(dispatch.matmul(x, matrix, bias=gate_up.bias, activation=self.activation, gated=True)))
+
+
+class MLP:
+    """down(act(up(x))), with the biases that the checkpoint has."""
+
+    def __init__(self, w: View, up: str, down: str, activation: str) -> None:
+        self.up = column(w, up)
+        self.down = row(w, down)
+        self.activation = activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        up = self.up
+        return self.down(hidden(dispatch.matmul(x, up.matrix.form_for(x), bias=up.bias, activation=self.activation)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from textmill.kernels import dispatch
+from textmill.kernels.spec import Array
 from textmill.layers.types import Hidden, hidden
 from textmill.weights.view import View
 
@@ -17,3 +20,18 @@ class RMSNorm:
 
     def __call__(self, x: Hidden) -> Hidden:
         return hidden(dispatch.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one))
+
+
+class LayerNorm:
+    """(x - mean) / sqrt(variance + eps) x weight + bias; a bias only where the checkpoint has one. Ba et al. 2016.
+
+    `affine=False` is for models whose norms have neither weight nor bias.
+    """
+
+    def __init__(self, w: View, eps: float, *, affine: bool = True) -> None:
+        self.weight: Array = w.tensor("weight") if affine else np.ones(w.config.hidden_size, np.float32)
+        self.bias = w.tensor("bias") if affine and w.has("bias") else None
+        self.eps = eps
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return hidden(dispatch.layer_norm(x, self.weight, self.bias, self.eps))

@@ -33,6 +33,9 @@ class Context(Protocol):
     def embed(self, table: Stored, scale: float = 1.0) -> Hidden:
         """Rows of the embedding table for the step's tokens: [rows, table columns]."""
 
+    def embed_positions(self, table: Array, offset: int = 0) -> Hidden:
+        """Row `position + offset` of a table [positions, columns] for each of the step's tokens: [rows, columns]."""
+
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
         """Rotates and stores this step's keys and values, attends over the sequence's: [rows, heads x head_dim]."""
 

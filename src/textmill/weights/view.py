@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from textmill.errors import ModelError
+
 if TYPE_CHECKING:
     from textmill.kernels.spec import Array
     from textmill.quant.packed import Packed
@@ -14,18 +16,23 @@ if TYPE_CHECKING:
 class View:
     """`w / "self_attn" / "q_proj"` is the view under that prefix; `w.matrix("weight")` reads under it."""
 
-    __slots__ = ("checkpoint", "name")
+    __slots__ = ("checkpoint", "name", "transposed")
 
-    def __init__(self, checkpoint: Checkpoint, name: str = "") -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str = "", *, transposed: bool = False) -> None:
         self.checkpoint = checkpoint
         self.name = name
+        self.transposed = transposed
+
+    def transpose(self, wanted: bool = True) -> View:
+        """This view of a checkpoint whose matrices are stored [inputs, outputs]: they come as [outputs, inputs]."""
+        return View(self.checkpoint, self.name, transposed=self.transposed != wanted)
 
     @property
     def config(self) -> ModelConfig:
         return self.checkpoint.config
 
     def __truediv__(self, part: str | int) -> View:
-        return View(self.checkpoint, self.path(str(part)))
+        return View(self.checkpoint, self.path(str(part)), transposed=self.transposed)
 
     def path(self, leaf: str) -> str:
         """The whole name of something under this view."""
@@ -35,13 +42,19 @@ class View:
         return self.checkpoint.has(self.path(leaf))
 
     def shape(self, leaf: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(self.path(leaf))
+        shape = self.checkpoint.shape(self.path(leaf))
+        return shape[::-1] if self.transposed else shape
 
     def tensor(self, leaf: str) -> Array:
         return self.checkpoint.tensor(self.path(leaf))
 
     def matrix(self, leaf: str) -> Packed | Array:
-        return self.checkpoint.matrix(self.path(leaf))
+        matrix = self.checkpoint.matrix(self.path(leaf))
+        if not self.transposed:
+            return matrix
+        if not hasattr(matrix, "T"):
+            raise ModelError(f"{self.path(leaf)}: a packed matrix cannot be stored [inputs, outputs]")
+        return matrix.T
 
     def __repr__(self) -> str:
         return f"View({self.name!r})"
