@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.models.tiny import Make
 from textmill.core import Admission, Emission, Finish, Request, RunnerLimits, Sampling, SlotWork, Step
 from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
@@ -33,7 +34,6 @@ from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import Checkpoint, open_checkpoint
 from textmill.weights.view import View
-from tests.models.tiny import Make
 
 BLOCK = 16
 SLOTS = 8
@@ -62,6 +62,9 @@ def transformers_oracle(attention: str = "sdpa", model_class: Any = AutoModelFor
     return load
 
 
+TRANSFORMERS = transformers_oracle()
+
+
 @dataclass(frozen=True)
 class Case:
     """One checkpoint layout or option of a family.
@@ -74,7 +77,7 @@ class Case:
     family: str
     variant: str
     make: Make
-    oracle: Callable[[Path], Oracle] = transformers_oracle()
+    oracle: Callable[[Path], Oracle] = TRANSFORMERS
     not_native: str = ""
     no_prefix_cache: str = ""
     no_ranks: str = ""
