@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from textmill.kernels.rows import Rows as Rows
+from textmill.kernels.rows import Unrecordable as Unrecordable
 from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec
 
 try:
@@ -107,25 +109,6 @@ def plain(values: Array, dtype: type[np.generic]) -> NDArray[Any]:
     """Any array or tensor as contiguous numpy memory of `dtype`; copies only if it must."""
     array: NDArray[Any] = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
     return np.ascontiguousarray(array, dtype=dtype)
-
-
-class Rows:
-    """A value of a recorded program: a batch of rows with `cols` float32 columns each. Immutable."""
-
-    __slots__ = ("cols", "index", "program")
-
-    def __init__(self, program: Program, index: int, cols: int) -> None:
-        self.program = program
-        self.index = index
-        self.cols = cols
-
-    def __add__(self, other: Rows) -> Rows:
-        return self.program.add(self, other)
-
-    def __mul__(self, factor: float) -> Rows:
-        return self.program.scale(self, factor)
-
-    __rmul__ = __mul__
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,4 +370,7 @@ class Program:
 
 
 def _number(name: str) -> int:
-    return _ACTIVATION_NUMBERS[ACTIVATIONS[name]]
+    number = _ACTIVATION_NUMBERS.get(ACTIVATIONS.get(name, name))
+    if number is None:
+        raise Unrecordable(f"activation {name}")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from textmill.core import EngineInfo, RunnerLimits
 from textmill.errors import ConfigError
 from textmill.kernels.dispatch import native_available
 from textmill.kernels.limits import machine_limits
+from textmill.kernels.rows import Unrecordable
 from textmill.layers.causal_lm import CausalLM
 from textmill.models.registry import build_model
 from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache
@@ -50,12 +52,25 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     """
     started = time.perf_counter()
     native = uses_native(settings)
-    checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32")
+    checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32" or not native)
     c = checkpoint.config
     shape = shape_of(settings, c)
     report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
-    model = build_model(c, View(checkpoint))
-    executor, plan = build_executor(settings, model, c, shape, packed=checkpoint.packed, native=native)
+    missing = ""
+    try:
+        model = build_model(c, View(checkpoint))
+        executor, plan = build_executor(
+            settings, model, c, shape, packed=checkpoint.packed, native=native, unread_bytes=float_bytes(checkpoint)
+        )
+    except Unrecordable as error:
+        missing = error.operation
+    if missing:  # beyond the handler, which would keep what was read so far
+        report_fallback(settings, missing, checkpoint, report)
+        checkpoint = open_checkpoint(source.path, dequantize=True)
+        model = build_model(c, View(checkpoint))
+        executor, plan = build_executor(
+            settings, model, c, shape, packed=False, native=False, unread_bytes=float_bytes(checkpoint)
+        )
     report("load", "weights are in place", seconds=time.perf_counter() - started)
     limits = limits_of(settings, c, shape, plan)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
@@ -64,6 +79,14 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     report("warmup", "first step done", seconds=seconds)
     profiler = profiler_of(executor) if settings.profile else None
     return LocalRunner(executor, limits, profiler), engine_info(settings, source, c, limits, executor.dtype)
+
+
+def report_fallback(settings: Settings, missing: str, checkpoint: Checkpoint, report: Report) -> None:
+    """Says why a model is served with torch, or refuses it (ConfigError) where only the native kernels will do."""
+    if settings.kernels == "native":
+        raise ConfigError(f"--kernels native: the native kernels have no {missing}, which this model uses")
+    weights = "; packed weights become float32" if checkpoint.packed else ""
+    report("load", f"the native kernels have no {missing}: this model runs with the torch kernels{weights}")
 
 
 def uses_native(settings: Settings) -> bool:
@@ -87,11 +110,19 @@ def shape_of(settings: Settings, c: ModelConfig) -> Shape:
 
 
 def build_executor(
-    settings: Settings, model: CausalLM, c: ModelConfig, shape: Shape, *, packed: bool, native: bool
+    settings: Settings,
+    model: CausalLM,
+    c: ModelConfig,
+    shape: Shape,
+    *,
+    packed: bool,
+    native: bool,
+    unread_bytes: int = 0,
 ) -> tuple[Executor, CachePlan]:
     """The executor with its cache allocated; the cache is sized after the weights are in memory.
 
-    Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values.
+    Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values. Torch reads the weights at
+    the first step, so room is left for their `unread_bytes`.
     """
     if native:
         from textmill.kernels.native import Program
@@ -113,8 +144,15 @@ def build_executor(
         return executor, plan
     from textmill.runner.torch_executor import TorchExecutor, bytes_per_block
 
-    plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE))
-    return TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks), plan
+    plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE), unread_bytes)
+    eager = TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks)
+    eager.weight_bytes = unread_bytes
+    return eager, plan
+
+
+def float_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors as float32."""
+    return 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
 def profiler_of(executor: Executor) -> Profiler | None:
@@ -123,14 +161,20 @@ def profiler_of(executor: Executor) -> Profiler | None:
     return None if program is None else Profiler(program, machine_limits(), packed=executor.dtype == "packed")
 
 
-def sized(settings: Settings, shape: Shape, bytes_per_block: int) -> CachePlan:
+def sized(settings: Settings, shape: Shape, bytes_per_block: int, unread_bytes: int = 0) -> CachePlan:
+    free = free_memory() - unread_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"Not enough memory: the weights take {unread_bytes / MIB:,.0f} MiB as float32, "
+            f"{(free + unread_bytes) / MIB:,.0f} MiB are free"
+        )
     return plan_cache(
         block_size=BLOCK_SIZE,
         bytes_per_block=bytes_per_block,
         max_total_tokens=shape.max_total_tokens,
         requested_bytes=settings.kv_cache_memory * MIB if settings.kv_cache_memory else None,
         requested_tokens=settings.max_batch_total_tokens,
-        free_bytes=free_memory(),
+        free_bytes=free,
     )
 
 

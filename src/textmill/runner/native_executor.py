@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
-from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays
+from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays, Unrecordable
 from textmill.kernels.spec import AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
@@ -19,7 +19,8 @@ from textmill.runner.runner import NOT_FINITE
 class Recorder:
     """The context of the recording: layers write their operations into a program instead of computing.
 
-    The handles that go through the model stand where its types say tensors (see `layers.types.Hidden`).
+    The handles that go through the model stand where its types say tensors (see `layers.types.Hidden`). What an eager
+    context has beyond these is Unrecordable.
     """
 
     def __init__(self, program: Program) -> None:
@@ -37,11 +38,15 @@ class Recorder:
     def outputs(self, x: Hidden) -> Hidden:
         return cast(Hidden, self._program.outputs(cast(Rows, x)))
 
+    def __getattr__(self, name: str) -> Any:
+        raise Unrecordable(f"operation {name}")
+
 
 class NativeExecutor:
     """Runs a recorded model; the program owns the slot tables, the key/value cache and the sampler."""
 
     def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
+        """Records the model; raises Unrecordable."""
         program.finish(cast(Rows, model(Recorder(program))))
         self.program = program
         self.tables = program
