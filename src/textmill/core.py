@@ -40,11 +40,32 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a prompt, cut and sized for the model's vision tower, and the tokens that stand for it.
+
+    `pixels` are bytes [tiles, 3, height, width] (`shape`) in C order; a byte v of channel c means
+    (v / 255 - mean[c]) / std[c]. `size` is (height, width) of the picture as it came. The prompt tokens
+    `start` .. `start + count` stand for it. `digest` names everything but the place: equal digests, equal features.
+    """
+
+    start: int
+    count: int
+    pixels: bytes
+    shape: tuple[int, int, int, int]
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One valid request for one sequence, as the engine sees it: token ids and numbers, no text.
 
     `stop_tokens` are the end-of-sequence ids (empty: ignore them). `prompt_logprobs` bypasses the prefix cache.
     `cache_salt` separates prefix-cache tenants (derived from the API key; equal salts may share blocks).
+    `images` come in the order of their places, which do not overlap.
+    `encoder_tokens` are what the encoder reads, for models that have one; `tokens` then begin the decoder's text.
     """
 
     id: int
@@ -55,6 +76,7 @@ class Request:
     prompt_logprobs: bool = False
     top_n_tokens: int = 0
     cache_salt: bytes = b""
+    encoder_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +108,14 @@ class Emission:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A sequence takes a slot of the runner: all its known tokens and how to sample."""
+    """A sequence takes a slot of the runner: all its known tokens, how to sample, and what the encoder reads."""
 
     slot: int
     tokens: tuple[int, ...]
     sampling: Sampling
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    encoder_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +179,13 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """What a runner can hold, known after warm-up. All counts; `block_size` in tokens."""
+    """What a runner can hold, known after warm-up. All counts; `block_size` in tokens.
+
+    `reach`: no row reads keys or values so many or more tokens behind it, so blocks wholly behind that may be freed;
+    0: rows read everything. `forward_only`: a slot keeps state that moves on with every token and cannot be taken
+    back, nor found again from blocks: a sequence is computed from its first token on, in order, each token once.
+    `encodes`: requests bring `encoder_tokens`.
+    """
 
     block_size: int
     num_blocks: int
@@ -164,11 +193,17 @@ class RunnerLimits:
     max_step_tokens: int
     max_total_tokens: int
     vocab_size: int
+    reach: int = 0
+    forward_only: bool = False
+    encodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine tells its routers: the served model and the limits that validation needs."""
+    """What an engine tells its routers: the served model and the limits that validation needs.
+
+    `decoder_start_token_id`: with what the decoder's text begins where prompts go to an encoder; -1: there is none.
+    """
 
     model_id: str
     model_path: str
@@ -186,3 +221,4 @@ class EngineInfo:
     num_blocks: int
     max_slots: int
     version: str
+    decoder_start_token_id: int = -1

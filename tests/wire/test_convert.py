@@ -33,6 +33,7 @@ def test_requests_survive() -> None:
         prompt_logprobs=True,
         top_n_tokens=5,
         cache_salt=b"\x00salt",
+        encoder_tokens=(8, 2**31),
     )
     message = submit_from_request(request).SerializeToString()
     assert request_from_submit(pb.Submit.FromString(message)) == request

@@ -13,8 +13,8 @@ def longest_total(limits: RunnerLimits, max_total_tokens: int | None = None) -> 
     return min(bounds if max_total_tokens is None else [*bounds, max_total_tokens])
 
 
-def refusal(request: Request, total: int, vocab_size: int) -> str:
-    """Why the request cannot be served; empty if it can. `total` is from `longest_total`."""
+def refusal(request: Request, total: int, vocab_size: int, encodes: bool = False) -> str:
+    """Why the request cannot be served; empty if it can. `total` is from `longest_total`; `encodes`: see the limits."""
     tokens = request.tokens
     if not tokens:
         return "the prompt has no tokens"
@@ -22,11 +22,27 @@ def refusal(request: Request, total: int, vocab_size: int) -> str:
         return f"the prompt has {len(tokens)} tokens, and one more would exceed the {total} that one request may have"
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         return f"the prompt holds a token id outside the vocabulary of {vocab_size}"
+    reason = encoder_refusal(request.encoder_tokens, total, vocab_size, encodes)
+    if reason:
+        return reason
     if request.max_new_tokens < 1:
         return "max_new_tokens must be at least 1"
     if not 0 <= request.top_n_tokens <= vocab_size:
         return f"top_n_tokens must be between 0 and {vocab_size}"
     return sampling_refusal(request.sampling)
+
+
+def encoder_refusal(tokens: tuple[int, ...], total: int, vocab_size: int, encodes: bool) -> str:
+    """Why these tokens cannot go to the encoder; empty if they can, or if there are none and no encoder either."""
+    if not tokens:
+        return "the encoder has nothing to read" if encodes else ""
+    if not encodes:
+        return "the model has no encoder"
+    if len(tokens) > total:
+        return f"the encoder has {len(tokens)} tokens to read, and {total} are the most"
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        return f"the encoder has a token id outside the vocabulary of {vocab_size} to read"
+    return ""
 
 
 def sampling_refusal(sampling: Sampling) -> str:

@@ -18,6 +18,7 @@ from textmill.engine.runner import Runner
 from textmill.engine.scheduler import EngineSettings, Event, Scheduler
 from textmill.engine.sequence import Sequence, Sink
 from textmill.engine.stats import Counters, Health, Ledger
+from textmill.engine.suited import suited
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Engine:
     """Serves requests with a runner it owns (and closes). `submit`, `cancel` and all questions are thread-safe."""
 
     def __init__(self, runner: Runner, settings: EngineSettings | None = None) -> None:
-        settings = settings or EngineSettings()
+        settings = suited(settings or EngineSettings(), runner.limits)
         self.limits = runner.limits
         self.max_total_tokens = longest_total(runner.limits, settings.max_total_tokens)
         self.failure = ""  # why the engine ended by itself
@@ -155,7 +156,7 @@ class Engine:
             return self.failure or "the engine was stopped"
         if self._draining:
             return "draining"
-        return refusal(request, self.max_total_tokens, self.limits.vocab_size)
+        return refusal(request, self.max_total_tokens, self.limits.vocab_size, self.limits.encodes)
 
     def _accept(self, sequence: Sequence) -> None:
         if not self._live:

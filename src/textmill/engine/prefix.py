@@ -12,6 +12,7 @@ from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from textmill.core import Request
 from textmill.engine.blocks import BlockPool
 from textmill.engine.sequence import Sequence
 
@@ -94,12 +95,17 @@ class PrefixCache:
         """The parent's name, the name and the tokens of a full block; digests are remembered by the sequence."""
         chain = sequence.chain
         if not chain:
-            chain.append(self._digest(b"salt", sequence.request.cache_salt))
+            chain.append(self._root(sequence.request))
         start = index * self._block_size
         tokens = tuple(sequence.tokens[start : start + self._block_size])
         if len(chain) == index + 1:
             chain.append(self._digest(chain[index], array("I", tokens).tobytes()))
         return chain[index], chain[index + 1], tokens
+
+    def _root(self, request: Request) -> bytes:
+        """What all depends on beside the tokens: the tenant, and what an encoder read."""
+        root = self._digest(b"salt", request.cache_salt)
+        return self._digest(root, array("I", request.encoder_tokens).tobytes()) if request.encoder_tokens else root
 
     def _digest(self, parent: bytes, contents: bytes) -> bytes:
         return blake2b(parent + contents, digest_size=DIGEST_BYTES, key=self._key).digest()

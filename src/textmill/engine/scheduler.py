@@ -225,6 +225,7 @@ class Scheduler:
                 sampling=sequence.request.sampling,
                 top_n_tokens=sequence.request.top_n_tokens,
                 prompt_logprobs=sequence.wants_prompt_logprobs,
+                encoder_tokens=sequence.request.encoder_tokens,
             )
         )
         self._add_row(plan, sequence, count, first_block=0)

@@ -40,6 +40,7 @@ Reply = TypeVar("Reply", bound=Message)
 Inbox = asyncio.Queue[Emission | TextmillError]
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 TOKENS_PER_MESSAGE = 2_000_000  # at most 5 bytes each: well under the message limit
+PIXELS_PER_TOKEN = 4  # bytes of pictures that count as a token there
 
 
 class EngineClient:
@@ -204,7 +205,7 @@ class EngineClient:
         message, tokens = pb.RouterMessage(), 0
         while self._submits and tokens < TOKENS_PER_MESSAGE:
             submit = self._submits.popleft()
-            tokens += len(submit.tokens)
+            tokens += weight(submit)
             message.submits.append(submit)
         if not self._submits:  # a cancellation must not overtake its request
             message.cancels.extend(self._cancels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-from textmill.core import Emission, EngineInfo, Finish, Request, Sampling, TokenChoice
+from textmill.core import Emission, EngineInfo, Finish, Image, Request, Sampling, TokenChoice
 from textmill.engine.stats import Health
 from textmill.wire import engine_pb2 as pb
 
@@ -37,6 +37,7 @@ def submit_from_request(request: Request) -> pb.Submit:
         prompt_logprobs=request.prompt_logprobs,
         top_n_tokens=request.top_n_tokens,
         cache_salt=request.cache_salt,
+        encoder_tokens=request.encoder_tokens,
     )
 
 
@@ -63,6 +64,7 @@ def request_from_submit(submit: pb.Submit) -> Request:
         prompt_logprobs=submit.prompt_logprobs,
         top_n_tokens=submit.top_n_tokens,
         cache_salt=submit.cache_salt,
+        encoder_tokens=tuple(submit.encoder_tokens),
     )
 
 

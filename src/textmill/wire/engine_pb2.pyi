@@ -27,7 +27,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., do_sample: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "tokens", "max_new_tokens", "sampling", "stop_tokens", "prompt_logprobs", "top_n_tokens", "cache_salt")
+    __slots__ = ("id", "tokens", "max_new_tokens", "sampling", "stop_tokens", "prompt_logprobs", "top_n_tokens", "cache_salt", "encoder_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Submit(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     max_new_tokens: int
@@ -44,7 +45,8 @@ class Submit(_message.Message):
     prompt_logprobs: bool
     top_n_tokens: int
     cache_salt: bytes
-    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping[str, object]]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    encoder_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping[str, object]]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., encoder_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("submits", "cancels")
@@ -95,7 +97,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("model_id", "model_path", "model_type", "revision", "dtype", "device", "quantize", "vocab_size", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "block_size", "num_blocks", "max_slots", "version")
+    __slots__ = ("model_id", "model_path", "model_type", "revision", "dtype", "device", "quantize", "vocab_size", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "block_size", "num_blocks", "max_slots", "version", "decoder_start_token_id")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +114,7 @@ class InfoReply(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    DECODER_START_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_path: str
     model_type: str
@@ -128,7 +131,8 @@ class InfoReply(_message.Message):
     num_blocks: int
     max_slots: int
     version: str
-    def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_type: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., quantize: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_slots: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    decoder_start_token_id: int
+    def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_type: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., quantize: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_slots: _Optional[int] = ..., version: _Optional[str] = ..., decoder_start_token_id: _Optional[int] = ...) -> None: ...
 
 class HealthRequest(_message.Message):
     __slots__ = ()
