@@ -18,6 +18,7 @@ from textmill.quant.ggml_types import GGML_TYPES
 from textmill.weights.config import ModelConfig, config_from_folder, config_from_gguf, read_json
 from textmill.weights.gguf import GgufFile, GgufTensor
 from textmill.weights.gguf_names import family_of, hugging_face_name, permuted_heads
+from textmill.weights.stretches import Indices, composed, stretches
 from textmill.weights.view import View
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 class Checkpoint(ABC):
     """Names to tensors. `tensor` gives float32; `matrix` gives a Packed where the file holds one, else float32.
 
+    Both give, and read, only the asked `rows` (of the first dimension) and `inputs` (of the second); None is all.
     `unread()` names what nobody asked for: a model that leaves weights unread is a wrong model.
     """
 
@@ -56,10 +58,10 @@ class Checkpoint(ABC):
         """The tensor's shape; raises ModelError for a name that is not there."""
 
     @abstractmethod
-    def _tensor(self, name: str) -> Array: ...
+    def _tensor(self, name: str, rows: Indices | None, inputs: Indices | None) -> Array: ...
 
-    def _matrix(self, name: str) -> Packed | Array:
-        return self._tensor(name)
+    def _matrix(self, name: str, rows: Indices | None, inputs: Indices | None) -> Packed | Array:
+        return self._tensor(name, rows, inputs)
 
     def has(self, name: str) -> bool:
         return name in self._index()
@@ -67,13 +69,13 @@ class Checkpoint(ABC):
     @abstractmethod
     def _index(self) -> dict[str, Any]: ...
 
-    def tensor(self, name: str) -> Array:
+    def tensor(self, name: str, rows: Indices | None = None, inputs: Indices | None = None) -> Array:
         self._note(name)
-        return self._tensor(name)
+        return self._tensor(name, rows, inputs)
 
-    def matrix(self, name: str) -> Packed | Array:
+    def matrix(self, name: str, rows: Indices | None = None, inputs: Indices | None = None) -> Packed | Array:
         self._note(name)
-        return self._matrix(name)
+        return self._matrix(name, rows, inputs)
 
     def unread(self) -> list[str]:
         return [name for name in self.names() if name not in self._read]
@@ -130,26 +132,63 @@ class GgufCheckpoint(Checkpoint):
     def _index(self) -> dict[str, Any]:
         return self._tensors
 
-    def _tensor(self, name: str) -> NDArray[np.float32]:
+    def _tensor(self, name: str, rows: Indices | None, inputs: Indices | None) -> NDArray[np.float32]:
         from textmill.quant import ggml
 
         tensor = self._tensors[name]
         if not ggml.can_read(tensor.ggml_type):
             kind = GGML_TYPES[tensor.ggml_type].name
             raise ModelError(f"{self.path}: {tensor.name}: tensors of type {kind} are not supported")
-        values = ggml.dequantize(tensor.ggml_type, self.file.data(tensor.name), tensor.shape)
-        rows = self._row_order(tensor)
-        return values if rows is None else values[rows]
+        pieces, order = self._places(tensor, rows)
+        shape = tensor.shape[1:]
+        read = [ggml.dequantize(tensor.ggml_type, self._bytes(tensor, p), (len(p), *shape)) for p in pieces]
+        values = read[0] if len(read) == 1 else np.concatenate(read)
+        values = values if order is None else values[order]
+        if inputs is None:
+            return values
+        return np.ascontiguousarray(values[:, as_slice(inputs) if isinstance(inputs, range) else inputs])
 
-    def _matrix(self, name: str) -> Packed | Array:
+    def _matrix(self, name: str, rows: Indices | None, inputs: Indices | None) -> Packed | Array:
         from textmill.quant import ggml
+        from textmill.quant.packed import Packed
 
         tensor = self._tensors[name]
         if self._dequantize or len(tensor.shape) != 2 or not ggml.can_pack(tensor.ggml_type):
-            return self._tensor(name)
-        packed = ggml.unpack(tensor.ggml_type, self.file.data(tensor.name), *tensor.shape)
-        rows = self._row_order(tensor)
-        return packed if rows is None else packed.take(rows)
+            return self._tensor(name, rows, inputs)
+        if inputs is not None and not isinstance(inputs, range):
+            raise ModelError(f"{self.path}: {tensor.name}: inputs of a packed matrix cannot be put in another order")
+        pieces, order = self._places(tensor, rows)
+        read = [self._unpack(tensor, piece, inputs or range(tensor.shape[1])) for piece in pieces]
+        packed = read[0] if len(read) == 1 else Packed.join(read)
+        return packed if order is None else packed.take(order)
+
+    def _places(self, tensor: GgufTensor, rows: Indices | None) -> tuple[list[range], NDArray[np.int64] | None]:
+        """The stored rows to read for these rows of the tensor, and which of them to take."""
+        wanted = composed(self._row_order(tensor), rows)
+        return stretches(range(tensor.shape[0]) if wanted is None else wanted)
+
+    def _bytes(self, tensor: GgufTensor, rows: range) -> NDArray[np.uint8]:
+        data = self.file.data(tensor.name)
+        width = data.size // tensor.shape[0]
+        return data[rows.start * width : rows.stop * width]
+
+    def _unpack(self, tensor: GgufTensor, rows: range, inputs: range) -> Packed:
+        """Some rows and inputs of a packed matrix; whole blocks are cut as bytes, parts of them between groups."""
+        from textmill.quant import ggml
+
+        kind, data = GGML_TYPES[tensor.ggml_type], self._bytes(tensor, rows)
+        if len(inputs) == tensor.shape[1]:
+            return ggml.unpack(kind.number, data, len(rows), len(inputs))
+        first, last = inputs.start // kind.block, -(-inputs.stop // kind.block)
+        cut = np.ascontiguousarray(data.reshape(len(rows), -1, kind.bytes)[:, first:last])
+        packed = ggml.unpack(kind.number, cut.reshape(-1), len(rows), (last - first) * kind.block)
+        start = inputs.start - first * kind.block
+        if (start, start + len(inputs)) == (0, packed.shape[1]):
+            return packed
+        try:
+            return packed.cut(1, start, start + len(inputs))
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {tensor.name}: {kind.name}: {error}") from error
 
     def _row_order(self, tensor: GgufTensor) -> NDArray[np.int64] | None:
         """The rows that bring a permuted projection back to half-split rotary order, or None if it is not one."""
@@ -185,8 +224,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def _index(self) -> dict[str, Any]:
         return self._where
 
-    def _tensor(self, name: str) -> Array:
-        tensor: torch.Tensor = self._slice(name)[...]
+    def _tensor(self, name: str, rows: Indices | None, inputs: Indices | None) -> Array:
+        stored = self._slice(name)
+        tensor: torch.Tensor = stored[...] if rows is None and inputs is None else _part(stored, rows, inputs)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def _slice(self, name: str) -> Any:
@@ -207,6 +247,26 @@ class SafetensorsCheckpoint(Checkpoint):
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
         return file
+
+
+def as_slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+def _part(stored: Any, rows: Indices | None, inputs: Indices | None) -> torch.Tensor:
+    """These rows and inputs of a tensor in a file (one dimension: only rows), read piece by piece."""
+    import torch
+
+    shape = stored.get_shape()
+    pieces, order = stretches(range(shape[0]) if rows is None else rows)
+    if inputs is None:
+        read = [stored[as_slice(piece)] for piece in pieces]
+        whole = read[0] if len(read) == 1 else torch.cat(read)
+        return whole if order is None else whole[order]
+    across, places = stretches(inputs)
+    read = [torch.cat([stored[as_slice(piece), as_slice(part)] for part in across], dim=1) for piece in pieces]
+    whole = torch.cat(read) if order is None else torch.cat(read)[order]
+    return whole if places is None else whole[:, places]
 
 
 def _files_of_tensors(folder: Path, opened: Any) -> dict[str, Path]:

@@ -5,34 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from textmill.errors import ModelError
+from textmill.parallel.group import ALONE, Group
 
 if TYPE_CHECKING:
     from textmill.kernels.spec import Array
     from textmill.quant.packed import Packed
     from textmill.weights.checkpoint import Checkpoint
     from textmill.weights.config import ModelConfig
+    from textmill.weights.stretches import Indices
 
 
 class View:
-    """`w / "self_attn" / "q_proj"` is the view under that prefix; `w.matrix("weight")` reads under it."""
+    """`w / "self_attn" / "q_proj"` is the view under that prefix; `w.matrix("weight")` reads under it.
 
-    __slots__ = ("checkpoint", "name", "transposed")
+    `group` are the ranks between which layers split what they read; they name the `rows` (outputs) and `inputs` of
+    their part, and only those are read.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, name: str = "", *, transposed: bool = False) -> None:
+    __slots__ = ("checkpoint", "group", "name", "transposed")
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str = "", *, transposed: bool = False, group: Group = ALONE
+    ) -> None:
         self.checkpoint = checkpoint
         self.name = name
         self.transposed = transposed
+        self.group = group
 
     def transpose(self, wanted: bool = True) -> View:
         """This view of a checkpoint whose matrices are stored [inputs, outputs]: they come as [outputs, inputs]."""
-        return View(self.checkpoint, self.name, transposed=self.transposed != wanted)
+        return View(self.checkpoint, self.name, transposed=self.transposed != wanted, group=self.group)
 
     @property
     def config(self) -> ModelConfig:
         return self.checkpoint.config
 
     def __truediv__(self, part: str | int) -> View:
-        return View(self.checkpoint, self.path(str(part)), transposed=self.transposed)
+        return View(self.checkpoint, self.path(str(part)), transposed=self.transposed, group=self.group)
 
     def path(self, leaf: str) -> str:
         """The whole name of something under this view."""
@@ -45,13 +54,13 @@ class View:
         shape = self.checkpoint.shape(self.path(leaf))
         return shape[::-1] if self.transposed else shape
 
-    def tensor(self, leaf: str) -> Array:
-        return self.checkpoint.tensor(self.path(leaf))
+    def tensor(self, leaf: str, rows: Indices | None = None) -> Array:
+        return self.checkpoint.tensor(self.path(leaf), rows)
 
-    def matrix(self, leaf: str) -> Packed | Array:
-        matrix = self.checkpoint.matrix(self.path(leaf))
+    def matrix(self, leaf: str, rows: Indices | None = None, inputs: Indices | None = None) -> Packed | Array:
         if not self.transposed:
-            return matrix
+            return self.checkpoint.matrix(self.path(leaf), rows, inputs)
+        matrix = self.checkpoint.matrix(self.path(leaf), inputs, rows)
         if not hasattr(matrix, "T"):
             raise ModelError(f"{self.path(leaf)}: a packed matrix cannot be stored [inputs, outputs]")
         return matrix.T
