@@ -77,6 +77,7 @@ class Request:
     top_n_tokens: int = 0
     cache_salt: bytes = b""
     encoder_tokens: tuple[int, ...] = ()
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Admission:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     encoder_tokens: tuple[int, ...] = ()
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class RunnerLimits:
     `reach`: no row reads keys or values so many or more tokens behind it, so blocks wholly behind that may be freed;
     0: rows read everything. `forward_only`: a slot keeps state that moves on with every token and cannot be taken
     back, nor found again from blocks: a sequence is computed from its first token on, in order, each token once.
-    `encodes`: requests bring `encoder_tokens`.
+    `encodes`: requests bring `encoder_tokens`. `sees`: requests may bring `images`.
     """
 
     block_size: int
@@ -196,6 +198,7 @@ class RunnerLimits:
     reach: int = 0
     forward_only: bool = False
     encodes: bool = False
+    sees: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, prod
 
-from textmill.core import Request, RunnerLimits, Sampling
+from textmill.core import Image, Request, RunnerLimits, Sampling
 
 
 def longest_total(limits: RunnerLimits, max_total_tokens: int | None = None) -> int:
@@ -13,8 +13,8 @@ def longest_total(limits: RunnerLimits, max_total_tokens: int | None = None) -> 
     return min(bounds if max_total_tokens is None else [*bounds, max_total_tokens])
 
 
-def refusal(request: Request, total: int, vocab_size: int, encodes: bool = False) -> str:
-    """Why the request cannot be served; empty if it can. `total` is from `longest_total`; `encodes`: see the limits."""
+def refusal(request: Request, total: int, vocab_size: int, encodes: bool = False, sees: bool = False) -> str:
+    """Why the request cannot be served; empty if it can. `total` is from `longest_total`; others: see the limits."""
     tokens = request.tokens
     if not tokens:
         return "the prompt has no tokens"
@@ -23,6 +23,8 @@ def refusal(request: Request, total: int, vocab_size: int, encodes: bool = False
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         return f"the prompt holds a token id outside the vocabulary of {vocab_size}"
     reason = encoder_refusal(request.encoder_tokens, total, vocab_size, encodes)
+    if not reason and request.images:
+        reason = image_refusal(request.images, len(tokens), sees)
     if reason:
         return reason
     if request.max_new_tokens < 1:
@@ -42,6 +44,22 @@ def encoder_refusal(tokens: tuple[int, ...], total: int, vocab_size: int, encode
         return f"the encoder has {len(tokens)} tokens to read, and {total} are the most"
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         return f"the encoder has a token id outside the vocabulary of {vocab_size} to read"
+    return ""
+
+
+def image_refusal(images: tuple[Image, ...], total: int, sees: bool) -> str:
+    """Why these pictures cannot be shown to the model; empty if they can. `total`: tokens of the prompt."""
+    if not sees:
+        return "the model takes no images"
+    end = 0
+    for image in images:
+        if image.start < end or image.count < 1 or image.start + image.count > total:
+            return "the places of images in the prompt overlap, or lie outside it"
+        end = image.start + image.count
+        if len(image.shape) != 4 or image.shape[1] != 3 or len(image.pixels) != prod(image.shape) or not image.pixels:
+            return f"an image of shape {image.shape} has {len(image.pixels)} bytes"
+        if (len(image.size), len(image.mean), len(image.std)) != (2, 3, 3) or min(*image.size, *image.std) <= 0:
+            return "an image's size or scale makes no sense"
     return ""
 
 

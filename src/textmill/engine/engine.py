@@ -156,7 +156,7 @@ class Engine:
             return self.failure or "the engine was stopped"
         if self._draining:
             return "draining"
-        return refusal(request, self.max_total_tokens, self.limits.vocab_size, self.limits.encodes)
+        return refusal(request, self.max_total_tokens, self.limits.vocab_size, self.limits.encodes, self.limits.sees)
 
     def _accept(self, sequence: Sequence) -> None:
         if not self._live:

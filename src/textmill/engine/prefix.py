@@ -1,7 +1,8 @@
 """The prefix cache: finds blocks that already hold the keys and values of a sequence's first tokens.
 
-A block is named by a keyed digest of its own tokens and its predecessor's name, with the tenant's salt at the root,
-so a name stands for a whole prefix of one tenant. The key is drawn at start: names cannot be made up outside.
+A block is named by a keyed digest of its own tokens (and of the pictures that some of them stand for) and its
+predecessor's name, with the tenant's salt at the root, so a name stands for a whole prefix of one tenant. The key is
+drawn at start: names cannot be made up outside.
 Tokens and the predecessor's name are compared on every hit, so a collision of digests is a miss, never a wrong hit.
 """
 
@@ -12,7 +13,7 @@ from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from textmill.core import Request
+from textmill.core import Image, Request
 from textmill.engine.blocks import BlockPool
 from textmill.engine.sequence import Sequence
 
@@ -99,7 +100,10 @@ class PrefixCache:
         start = index * self._block_size
         tokens = tuple(sequence.tokens[start : start + self._block_size])
         if len(chain) == index + 1:
-            chain.append(self._digest(chain[index], array("I", tokens).tobytes()))
+            contents = array("I", tokens).tobytes()
+            if sequence.request.images:
+                contents += pictures_between(sequence.request.images, start, start + self._block_size)
+            chain.append(self._digest(chain[index], contents))
         return chain[index], chain[index + 1], tokens
 
     def _root(self, request: Request) -> bytes:
@@ -112,3 +116,9 @@ class PrefixCache:
 
     def _evicted(self, block: int) -> None:
         del self._by_name[self._by_block.pop(block).name]
+
+
+def pictures_between(images: tuple[Image, ...], start: int, end: int) -> bytes:
+    """Which parts of which pictures the tokens start .. end stand for; empty if none."""
+    here = [one for one in images if one.start < end and one.start + one.count > start]
+    return b"".join(b"image" + array("q", (one.start - start, one.count)).tobytes() + one.digest for one in here)

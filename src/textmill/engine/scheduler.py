@@ -226,6 +226,7 @@ class Scheduler:
                 top_n_tokens=sequence.request.top_n_tokens,
                 prompt_logprobs=sequence.wants_prompt_logprobs,
                 encoder_tokens=sequence.request.encoder_tokens,
+                images=sequence.request.images,
             )
         )
         self._add_row(plan, sequence, count, first_block=0)

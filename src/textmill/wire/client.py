@@ -40,7 +40,7 @@ Reply = TypeVar("Reply", bound=Message)
 Inbox = asyncio.Queue[Emission | TextmillError]
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 TOKENS_PER_MESSAGE = 2_000_000  # at most 5 bytes each: well under the message limit
-PIXELS_PER_TOKEN = 4  # bytes of pictures that count as a token there
+PIXEL_BYTES_PER_TOKEN = 4  # of pictures, which count among the tokens
 
 
 class EngineClient:
@@ -224,3 +224,9 @@ class EngineClient:
             return await call(request, timeout=10.0)
         except grpc.aio.AioRpcError as error:
             raise Unhealthy(f"the engine does not answer: {error.details()}") from error
+
+
+def weight(submit: pb.Submit) -> int:
+    """How much of a message a request takes, in tokens."""
+    pixels = sum(len(image.pixels) for image in submit.images) if submit.images else 0
+    return len(submit.tokens) + len(submit.encoder_tokens) + pixels // PIXEL_BYTES_PER_TOKEN

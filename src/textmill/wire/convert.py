@@ -38,6 +38,7 @@ def submit_from_request(request: Request) -> pb.Submit:
         top_n_tokens=request.top_n_tokens,
         cache_salt=request.cache_salt,
         encoder_tokens=request.encoder_tokens,
+        images=[pb.Image(**asdict(image)) for image in request.images],
     )
 
 
@@ -65,7 +66,14 @@ def request_from_submit(submit: pb.Submit) -> Request:
         top_n_tokens=submit.top_n_tokens,
         cache_salt=submit.cache_salt,
         encoder_tokens=tuple(submit.encoder_tokens),
+        images=tuple([_image(one) for one in submit.images]),
     )
+
+
+def _image(image: pb.Image) -> Image:
+    """The fields as they are, of whatever length: the engine judges them."""
+    shape, size, mean, std = (tuple(one) for one in (image.shape, image.size, image.mean, image.std))
+    return Image(image.start, image.count, image.pixels, shape, size, mean, std, image.digest)  # type: ignore[arg-type]
 
 
 def batch_from_emissions(step: int, emissions: Iterable[Emission]) -> pb.StepBatch:

@@ -26,8 +26,28 @@ class Sampling(_message.Message):
     seed: int
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., do_sample: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class Image(_message.Message):
+    __slots__ = ("start", "count", "pixels", "shape", "size", "mean", "std", "digest")
+    START_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    count: int
+    pixels: bytes
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    size: _containers.RepeatedScalarFieldContainer[int]
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    digest: bytes
+    def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ..., pixels: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
 class Submit(_message.Message):
-    __slots__ = ("id", "tokens", "max_new_tokens", "sampling", "stop_tokens", "prompt_logprobs", "top_n_tokens", "cache_salt", "encoder_tokens")
+    __slots__ = ("id", "tokens", "max_new_tokens", "sampling", "stop_tokens", "prompt_logprobs", "top_n_tokens", "cache_salt", "encoder_tokens", "images")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +57,7 @@ class Submit(_message.Message):
     TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     ENCODER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     id: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     max_new_tokens: int
@@ -46,7 +67,8 @@ class Submit(_message.Message):
     top_n_tokens: int
     cache_salt: bytes
     encoder_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping[str, object]]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., encoder_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping[str, object]]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[bool] = ..., top_n_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., encoder_tokens: _Optional[_Iterable[int]] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping[str, object]]]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("submits", "cancels")
