@@ -246,6 +246,10 @@ class Program:
 
     def attend(self, qkv: Rows, layer: int, spec: AttentionSpec) -> Rows:
         """Stores the rows' keys and values in layer `layer` of the cache and attends over it (see AttentionSpec)."""
+        if spec.head_norm != "rms":
+            raise Unrecordable("layer norm of queries and keys")
+        if spec.key_bias is not None:
+            raise Unrecordable("bias of keys")
         tables = (spec.alibi, spec.rope_cos, spec.rope_sin, spec.q_norm, spec.k_norm)
         alibi, cos, sin, q_norm, k_norm = (self._keep_if(table) for table in tables)
         sizes = (spec.heads, spec.kv_heads, spec.head_dim)

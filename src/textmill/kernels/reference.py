@@ -110,11 +110,14 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, cos: Array, sin: Array, int
     return torch.cat((together, rest), dim=-1)
 
 
-def head_norm(x: torch.Tensor, weight: Array, eps: float) -> torch.Tensor:
-    """RMS norm of x [rows, heads, head_dim] per head, or over all heads if the weight is as long as all of them."""
+def head_norm(x: torch.Tensor, weight: Array, bias: Array | None, spec: AttentionSpec) -> torch.Tensor:
+    """The norm of x [rows, heads, head_dim]; an RMS norm whose weight is longer than a head is over all heads."""
+    if spec.head_norm == "layer":
+        normed = F.layer_norm(x, (x.shape[-1],), eps=spec.norm_eps) * floats(weight)
+        return normed if bias is None else normed + floats(bias)
     if len(weight) == x.shape[-1]:
-        return rms_norm(x, weight, eps)
-    return rms_norm(x.flatten(1), weight, eps).view_as(x)
+        return rms_norm(x, weight, spec.norm_eps)
+    return rms_norm(x.flatten(1), weight, spec.norm_eps).view_as(x)
 
 
 def split_qkv(
@@ -124,9 +127,9 @@ def split_qkv(
     heads = qkv.float().reshape(qkv.shape[0], -1, spec.head_dim)
     q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
     if spec.q_norm is not None:
-        q = head_norm(q, spec.q_norm, spec.norm_eps)
+        q = head_norm(q, spec.q_norm, spec.q_norm_bias, spec)
     if spec.k_norm is not None:
-        k = head_norm(k, spec.k_norm, spec.norm_eps)
+        k = head_norm(k, spec.k_norm, spec.k_norm_bias, spec)
     if spec.rope_cos is not None and spec.rope_sin is not None:
         q = rotate(q, positions, spec.rope_cos, spec.rope_sin, spec.rope_interleaved)
         k = rotate(k, positions, spec.rope_cos, spec.rope_sin, spec.rope_interleaved)

@@ -30,6 +30,10 @@ ACTIVATIONS = {
 # Activations are quantized per row in chunks of this many inputs; the last chunk of a row may be shorter.
 CHUNK = 32
 
+# Attention walks keys in tiles of this many, aligned to positions: a row whose window begins inside one reads all of
+# it, and gives what lies before the window no weight (kKeyTile of the native kernels).
+KEY_TILE = 64
+
 
 class PackedMatrix(Protocol):
     """A weight [n, k] in integer codes: w[o, i] = scales[o, i / group] * (codes[o, i] - zero) + offsets[o, i / group].
@@ -58,9 +62,11 @@ class AttentionSpec:
 
     score(i, j) = softcap(scale * q_i . k_j) + alibi[head] * (j - i) + key_bias[head, j], for j <= i and, with a window,
     i - j < window.
-    Order: optional RMS norm of each q and k head (weight [head_dim], or over all heads with weight
-    [heads * head_dim]), rotation, store, scores. `rope_cos`, `rope_sin`: float32 [positions, rotary_dim / 2]; the first
-    rotary_dim numbers of a head turn, as halves (NeoX) or, if `rope_interleaved`, as neighbouring pairs.
+    Order: optional norm of q and k, rotation, store, scores. `head_norm` "rms": RMS norm of each head (weight
+    [head_dim]) or over all heads (weight [heads * head_dim]); "layer": layer norm of each head (weight [head_dim] or
+    [heads, head_dim], and biases of the same shape or None). `rope_cos`, `rope_sin`: float32
+    [positions, rotary_dim / 2]; the first rotary_dim numbers of a head turn, as halves (NeoX) or, if
+    `rope_interleaved`, as neighbouring pairs.
     """
 
     heads: int
@@ -76,4 +82,30 @@ class AttentionSpec:
     rope_interleaved: bool = False
     q_norm: Array | None = None
     k_norm: Array | None = None
+    q_norm_bias: Array | None = None
+    k_norm_bias: Array | None = None
+    head_norm: str = "rms"
     norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConvolutionSpec:
+    """y = silu(bias + sum over i of weight[:, i] * x[t - width + 1 + i]), each channel for itself.
+
+    `weight` float32 [channels, width], `bias` [channels] or None. State: the last inputs, [channels, width - 1].
+    """
+
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScanSpec:
+    """A selective state space (Gu and Dao 2023), per channel and with `columns` states a channel.
+
+    h = exp(softplus(dt) a) h + softplus(dt) b x, y = (c . h + skip x) silu(gate). `a` float32 [channels, columns]
+    (negative), `skip` [channels]. State: h, [channels, columns].
+    """
+
+    a: Array
+    skip: Array

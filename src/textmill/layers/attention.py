@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from textmill.kernels.spec import Array, AttentionSpec
 from textmill.layers.linear import Linear, bias, column, joined
+from textmill.layers.norm import LayerNorm, RMSNorm
 from textmill.layers.rotary import Rope
 from textmill.layers.types import Context, Hidden
 from textmill.weights.config import ModelConfig
@@ -38,8 +39,18 @@ def grouped_rows(heads: int, kv_heads: int, head_dim: int) -> NDArray[np.int64]:
     return np.concatenate([stored[:, :queries].ravel(), stored[:, queries].ravel(), stored[:, queries + 1].ravel()])
 
 
+def window_of(c: ModelConfig, layer: int, *, slides: bool) -> int:
+    """How far a layer looks back, 0 for all the way; `slides` decides where the config has no list of layer types."""
+    if c.layer_types:
+        slides = c.layer_types[layer] == "sliding_attention"
+    return (c.sliding_window or 0) if slides else 0
+
+
 class Attention:
-    """Attends over the sequence's own past; `layer` numbers its share of the key/value cache."""
+    """Attends over the sequence's own past; `layer` numbers its share of the key/value cache.
+
+    `window` None: the config's, on every layer. `q_norm`, `k_norm`: applied to each head before it is rotated.
+    """
 
     def __init__(
         self,
@@ -50,6 +61,10 @@ class Attention:
         *,
         rope: Rope | None = None,
         scale: float | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
+        q_norm: RMSNorm | LayerNorm | None = None,
+        k_norm: RMSNorm | LayerNorm | None = None,
         alibi: Array | None = None,
         key_bias: Array | None = None,
     ) -> None:
@@ -61,12 +76,19 @@ class Attention:
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
             scale=c.head_dim**-0.5 if scale is None else scale,
-            window=c.sliding_window or 0,
+            window=(c.sliding_window or 0) if window is None else window,
+            softcap=softcap,
             alibi=alibi,
             key_bias=key_bias,
             rope_cos=rope.cos if rope else None,
             rope_sin=rope.sin if rope else None,
             rope_interleaved=rope.interleaved if rope else False,
+            q_norm=q_norm.factors if q_norm else None,
+            k_norm=k_norm.factors if k_norm else None,
+            q_norm_bias=q_norm.bias if q_norm else None,
+            k_norm_bias=k_norm.bias if k_norm else None,
+            head_norm="layer" if isinstance(q_norm, LayerNorm) else "rms",
+            norm_eps=q_norm.eps if q_norm else c.norm_eps,
         )
 
     def __call__(self, x: Hidden, ctx: Context) -> Hidden:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from textmill.kernels import dispatch
+from textmill.kernels.native import plain
 from textmill.kernels.spec import Array
 from textmill.layers.types import Hidden, hidden
 from textmill.weights.view import View
@@ -15,8 +16,14 @@ class RMSNorm:
 
     def __init__(self, w: View, eps: float, *, plus_one: bool = False) -> None:
         self.weight = w.tensor("weight")
+        self.bias: Array | None = None
         self.eps = eps
         self.plus_one = plus_one
+
+    @property
+    def factors(self) -> Array:
+        """What the normed values are multiplied with."""
+        return plain(self.weight, np.float32) + 1 if self.plus_one else self.weight
 
     def __call__(self, x: Hidden) -> Hidden:
         return hidden(dispatch.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one))
@@ -32,6 +39,11 @@ class LayerNorm:
         self.weight: Array = w.tensor("weight") if affine else np.ones(w.config.hidden_size, np.float32)
         self.bias = w.tensor("bias") if affine and w.has("bias") else None
         self.eps = eps
+
+    @property
+    def factors(self) -> Array:
+        """What the normed values are multiplied with."""
+        return self.weight
 
     def __call__(self, x: Hidden) -> Hidden:
         return hidden(dispatch.layer_norm(x, self.weight, self.bias, self.eps))

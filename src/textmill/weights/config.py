@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from textmill.errors import ModelError
+from textmill.weights.families import in_known_names
 from textmill.weights.gguf import GgufFile
 from textmill.weights.gguf_names import family_of
 
@@ -23,7 +24,9 @@ class ModelConfig:
     """What layers may ask about a model; whatever else its config says is in `raw`.
 
     `rope_scaling` is None for plain rotary positions, else a dict with at least `rope_type`. `rotary_dim` is the part
-    of each head that is rotated. `tie_word_embeddings` is None where the config does not say.
+    of each head that is rotated. `rope_local_theta`: for layers with a window, where these turn by another base.
+    `layer_types`: "full_attention" or "sliding_attention" per layer, empty where the config has no list.
+    `tie_word_embeddings` is None where the config does not say. `max_total_tokens`: what the server allows a sequence.
     """
 
     model_type: str
@@ -35,6 +38,7 @@ class ModelConfig:
     intermediate_size: int
     norm_eps: float
     rope_theta: float
+    rope_local_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None
     rotary_dim: int
     max_position_embeddings: int
@@ -42,11 +46,34 @@ class ModelConfig:
     tie_word_embeddings: bool | None
     hidden_act: str
     sliding_window: int | None
+    layer_types: tuple[str, ...] = ()
     attention_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     torch_dtype: str
+    max_total_tokens: int | None = None
     raw: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that will be served: positions that tables must hold."""
+        return self.max_total_tokens or self.max_position_embeddings
+
+    def switch(self, name: str, default: bool) -> bool:
+        """A yes-or-no field of `raw`; ModelError if it is something else."""
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ModelError(f"config.json: {name}: {value!r} is not true or false")
+        return default if value is None else value
+
+    def real(self, name: str) -> float | None:
+        """A positive number of `raw`, or None; ModelError if it is something else."""
+        value = self.raw.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30
+        ):
+            raise ModelError(f"config.json: {name}: {value!r} is not a positive number")
+        return None if value is None else float(value)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -59,7 +86,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def config_from_folder(folder: Path) -> ModelConfig:
     """Reads `config.json` of hub files and of transformers 5, and the end tokens of `generation_config.json`."""
-    raw = read_json(folder / "config.json")
+    raw = in_known_names(read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     fields = _Fields(raw, folder / "config.json")
@@ -78,6 +105,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         intermediate_size=fields.number("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
         norm_eps=fields.real("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", default=1e-6),
         rope_theta=fields.real("rope_theta", "rotary_emb_base", default=rope.get("rope_theta", 10000.0)),
+        rope_local_theta=fields.real("rope_local_base_freq", default=rope.get("rope_local_theta", 10000.0)),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         rotary_dim=int(head_dim * partial),
         max_position_embeddings=fields.number("max_position_embeddings", "n_positions", "n_ctx", default=2048),
@@ -85,6 +113,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         tie_word_embeddings=fields.switch("tie_word_embeddings"),
         hidden_act=fields.text("hidden_act", "hidden_activation", "activation_function", default="silu"),
         sliding_window=_sliding_window(raw, fields),
+        layer_types=_layer_types(raw, fields),
         attention_bias=bool(fields.switch("attention_bias", "use_bias")),
         bos_token_id=fields.optional_number("bos_token_id"),
         eos_token_ids=token_ids(raw.get("eos_token_id") if eos is None else eos, fields.path, "eos_token_id"),
@@ -111,6 +140,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         intermediate_size=fields.number("feed_forward_length"),
         norm_eps=fields.real("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", default=1e-5),
         rope_theta=fields.real("rope.freq_base", default=10000.0),
+        rope_local_theta=fields.real("rope.freq_base_swa", default=10000.0),
         rope_scaling=_gguf_rope_scaling(fields),
         rotary_dim=fields.number("rope.dimension_count", default=head_dim),
         max_position_embeddings=fields.number("context_length"),
@@ -223,6 +253,10 @@ def _rope_parameters(raw: dict[str, Any], fields: _Fields) -> dict[str, Any]:
         return {"rope_type": "default"}
     if not isinstance(value, dict):
         raise fields.fail("rope_scaling", value, "an object")
+    if isinstance(value.get("full_attention"), dict):  # one object per kind of layer
+        local = value.get("sliding_attention")
+        theta = local.get("rope_theta", 10000.0) if isinstance(local, dict) else 10000.0
+        value = value["full_attention"] | {"rope_local_theta": theta}
     kind = value.get("rope_type", value.get("type", "default"))
     if not isinstance(kind, str):
         raise fields.fail("rope_scaling.rope_type", kind, "a string")
@@ -231,6 +265,17 @@ def _rope_parameters(raw: dict[str, Any], fields: _Fields) -> dict[str, Any]:
     if original is not None:  # Phi-3 keeps it beside, not inside
         found.setdefault("original_max_position_embeddings", original)
     return found
+
+
+def _layer_types(raw: dict[str, Any], fields: _Fields) -> tuple[str, ...]:
+    """A kind per layer ("full_attention", "sliding_attention", …), or nothing where the config has no such list."""
+    value = raw.get("layer_types")
+    if value is None:
+        return ()
+    layers = fields.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if not isinstance(value, list) or len(value) != layers or not all(isinstance(kind, str) for kind in value):
+        raise fields.fail("layer_types", value, f"a list of {layers} strings")
+    return tuple(value)
 
 
 def _sliding_window(raw: dict[str, Any], fields: _Fields) -> int | None:
