@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from textmill.errors import ModelError
 from textmill.kernels import dispatch
 from textmill.kernels.native import NativeWeight, Rows, dense_weight, pack_weight, plain
-from textmill.kernels.spec import Array
+from textmill.kernels.spec import CHUNK, Array
 from textmill.layers.types import Hidden, hidden
+from textmill.parallel.group import ALONE, Group
 from textmill.quant.packed import Packed
+from textmill.weights.stretches import Indices
 from textmill.weights.view import View
 
 Canonical: TypeAlias = "Packed | Array"
@@ -22,11 +24,13 @@ Canonical: TypeAlias = "Packed | Array"
 class Matrix:
     """One weight matrix [outputs, inputs] that is read once, when first needed, in the form its user asks for.
 
-    Recorded programs take it packed for the native kernels; torch takes a float tensor or a `Packed`.
+    Recorded programs take it packed for the native kernels; torch takes a float tensor or a `Packed`. `part` says
+    which rows of a table these are, where a rank holds only some.
     """
 
-    def __init__(self, name: str, read: Callable[[], Canonical]) -> None:
+    def __init__(self, name: str, read: Callable[[], Canonical], part: range | None = None) -> None:
         self.name = name
+        self.part = part
         self._read = read
         self._native: NativeWeight | None = None
         self._plain: Canonical | None = None
@@ -61,27 +65,38 @@ def to_native(matrix: Canonical) -> NativeWeight:
 
 
 class Linear:
-    """y = x W^T (+ bias)."""
+    """y = x W^T (+ bias), the outputs (if `group` has more than one rank) being this rank's."""
 
-    def __init__(self, matrix: Matrix, bias: Array | None = None) -> None:
+    def __init__(self, matrix: Matrix, bias: Array | None = None, group: Group = ALONE) -> None:
         self.matrix = matrix
         self.bias = bias
+        self.group = group
 
     def __call__(self, x: Hidden) -> Hidden:
         return hidden(dispatch.matmul(x, self.matrix.form_for(x), bias=self.bias))
 
 
-def matrix(w: View) -> Matrix:
-    """The matrix `weight` under a prefix."""
-    return Matrix(w.name, lambda: w.matrix("weight"))
+class Summed(Linear):
+    """The same from this rank's inputs, summed over all ranks; one of them adds the bias."""
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return self.group.all_reduce(super().__call__(x))
 
 
-def joined(views: Sequence[View]) -> Matrix:
-    """Several matrices over the same input, stacked along their outputs into one."""
+def matrix(w: View, rows: Indices | None = None, inputs: range | None = None) -> Matrix:
+    """The matrix `weight` under a prefix, or some rows (outputs) and inputs of it."""
+    part = rows if isinstance(rows, range) else None
+    return Matrix(w.name, lambda: w.matrix("weight", rows, inputs), part)
+
+
+def joined(views: Sequence[View], rows: Sequence[Indices | None] | None = None) -> Matrix:
+    """Several matrices over the same input (some rows of each), stacked along their outputs into one."""
+    rows = rows or [None] * len(views)
     if len(views) == 1:
-        return matrix(views[0])
+        return matrix(views[0], rows[0])
     name = "+".join(view.name for view in views)
-    return Matrix(name, lambda: join([view.matrix("weight") for view in views]))
+    parts = list(zip(views, rows, strict=True))
+    return Matrix(name, lambda: join([view.matrix("weight", wanted) for view, wanted in parts]))
 
 
 def join(parts: Sequence[Canonical]) -> Canonical:
@@ -91,23 +106,48 @@ def join(parts: Sequence[Canonical]) -> Canonical:
     return np.concatenate([plain(part, np.float32) for part in dense])
 
 
-def bias(views: Sequence[View]) -> Array | None:
-    """The biases of several matrices, joined; either all have one or none."""
+def bias(views: Sequence[View], rows: Sequence[Indices | None] | None = None) -> Array | None:
+    """The biases of several matrices (some rows of each), joined; either all have one or none."""
     found = [view.has("bias") for view in views]
     if not any(found):
         return None
     if not all(found):
         missing = views[found.index(False)].name
         raise ModelError(f"{missing} has no bias, but its siblings have one")
-    return np.concatenate([plain(view.tensor("bias"), np.float32) for view in views])
+    parts = zip(views, rows or [None] * len(views), strict=True)
+    return np.concatenate([plain(view.tensor("bias", wanted), np.float32) for view, wanted in parts])
 
 
-def column(w: View, *names: str) -> Linear:
-    """Outputs of one or more matrices side by side (cut by outputs between ranks)."""
+def share(w: View, total: int) -> range | None:
+    """This rank's part of `total` numbers between two matrices; None is all. Packed groups are not torn apart."""
+    return None if w.group is ALONE else w.group.share(total, CHUNK if w.checkpoint.packed else 1)
+
+
+def column(w: View, *names: str, halves: bool = False) -> Linear:
+    """Outputs of one or more matrices side by side (cut by outputs between ranks).
+
+    `halves`: one stored matrix that is two of them, one after the other.
+    """
     views = [w / name for name in names]
-    return Linear(joined(views), bias(views))
+    rows: list[Indices | None] = [share(w, view.shape("weight")[0]) for view in views]
+    if halves and w.group is not ALONE:
+        total = views[0].shape("weight")[0] // 2
+        first = np.array(share(w, total))
+        rows = [np.concatenate([first, first + total])]
+    return Linear(joined(views, rows), bias(views, rows), w.group)
 
 
 def row(w: View, name: str) -> Linear:
     """A matrix whose inputs are what a rank holds (cut by inputs, summed between ranks)."""
-    return Linear(matrix(w / name), bias([w / name]))
+    w = w / name
+    if w.group is ALONE:
+        return Linear(matrix(w), bias([w]))
+    inputs = share(w, w.shape("weight")[1])
+    added = bias([w])
+    return Summed(matrix(w, inputs=inputs), added if w.group.rank == 0 else None, w.group)
+
+
+def replicated(w: View, *names: str) -> Linear:
+    """Outputs of one or more matrices side by side, whole on every rank, over inputs that every rank holds."""
+    views = [w / name for name in names]
+    return Linear(joined(views), bias(views))

@@ -29,7 +29,7 @@ class Group:
         return range(total) if total % self.size else self.share(total)
 
     def heads(self, queries: int, keys: int) -> tuple[range, range]:
-        """Our attention heads and the key/value heads they read; with fewer of these than ranks, several ranks hold one.
+        """Our attention heads and the key/value heads they read, which ranks share where there are fewer of these.
 
         ConfigError where ranks would hold unlike numbers of heads, or parts of a key head's queries.
         """

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices: TypeAlias = "range | NDArray[np.int64]"
-# More pieces than this are read as the one stretch that covers them, from which rows are then taken.
-MANY = 1024
+# Of more pieces than this, the one stretch that covers them is read if at least half of it is wanted.
+FEW = 8
+MANY = 1024  # and of more than this in any case
 
 
 def stretches(wanted: Indices) -> tuple[list[range], NDArray[np.int64] | None]:
@@ -17,9 +18,10 @@ def stretches(wanted: Indices) -> tuple[list[range], NDArray[np.int64] | None]:
     if isinstance(wanted, range):
         return [wanted], None
     edges = np.flatnonzero(np.diff(wanted) != 1) + 1
-    if len(edges) >= MANY:
+    if len(edges) >= FEW:
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        return [range(low, high)], wanted - low
+        if len(edges) >= MANY or 2 * len(wanted) >= high - low:
+            return [range(low, high)], wanted - low
     starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(wanted)]])
     return [range(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)], None
 
