@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textmill"
 GENERATED = {SOURCE / "wire" / "engine_pb2.py"}
 FILES = sorted(set(SOURCE.rglob("*.py")) - GENERATED)
+FALLBACK = SOURCE / "runner" / "hub_model.py"  # imports it when it is needed
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
 
@@ -144,7 +145,9 @@ def test_a_real_import_brings_nothing_heavy(module: str, absent: set[str]) -> No
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
-def test_transformers_is_for_tests_only(file: Path) -> None:
+def test_transformers_is_for_tests_and_the_fallback_only(file: Path) -> None:
+    if file == FALLBACK:
+        return
     assert not [module for module in imports(ast.walk(tree_of(file))) if module.split(".")[0] == "transformers"]
 
 

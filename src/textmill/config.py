@@ -149,6 +149,9 @@ class Settings:
     huggingface_hub_cache: str | None = setting(
         None, MODEL, "Folder of the hub's cache.", default_help="huggingface_hub's own"
     )
+    trust_remote_code: bool = setting(
+        False, MODEL, "Run code from the model's repository, where neither textmill nor transformers have any."
+    )
     tokenizer_config_path: str | None = setting(
         None, MODEL, "Use this tokenizer_config.json (chat template) in place of the model's."
     )
@@ -216,9 +219,6 @@ class Settings:
         NOT_BUILT,
         "Folder looked into first for weights.",
         built="a second folder of weights; name it by --model-id",
-    )
-    trust_remote_code: bool = setting(
-        False, NOT_BUILT, "Run code from the model's repository.", built="code from a model's repository is never run"
     )
     cuda_graphs: tuple[int, ...] = setting(
         CUDA_GRAPHS, NOT_BUILT, "Batch sizes to capture; 0: none.", built="the GPU path", works=((0,), ())

@@ -11,8 +11,23 @@ from textmill.weights.view import View
 
 # model_type → module in this package. Families share a file only where it has no branch that tells them apart.
 FAMILIES = {
+    "bloom": "bloom",
+    "falcon": "falcon",
+    "gpt2": "gpt2",
+    "gpt_bigcode": "gpt_bigcode",
+    "gpt_neox": "gpt_neox",
     "llama": "llama",
+    "mamba": "mamba",
+    "opt": "opt",
+    "phi": "phi",
+    "santacoder": "santacoder",
+    "starcoder2": "starcoder2",
 }
+
+
+def has_family(model_type: str) -> bool:
+    """True if a file of ours serves such checkpoints."""
+    return model_type in FAMILIES
 
 
 def build_model(c: ModelConfig, w: View) -> CausalLM:

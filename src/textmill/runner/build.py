@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from textmill import __version__
@@ -17,6 +17,7 @@ from textmill.kernels.limits import machine_limits
 from textmill.kernels.rows import Unrecordable
 from textmill.layers.causal_lm import CausalLM
 from textmill.models.registry import build_model
+from textmill.runner.hub_model import load_hub_model, needs_hub_model
 from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache
 from textmill.runner.profile import Profiler
 from textmill.runner.runner import Executor, LocalRunner
@@ -50,6 +51,8 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
 
     `report(phase, message, **fields)` tells progress. Raises ConfigError or ModelError, whose text the user reads.
     """
+    if source.kind == "safetensors" and needs_hub_model(source.path):
+        return build_hub_runner(settings, source, report)
     started = time.perf_counter()
     native = uses_native(settings)
     checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32" or not native)
@@ -79,6 +82,25 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     report("warmup", "first step done", seconds=seconds)
     profiler = profiler_of(executor) if settings.profile else None
     return LocalRunner(executor, limits, profiler), engine_info(settings, source, c, limits, executor.dtype)
+
+
+def build_hub_runner(settings: Settings, source: ModelSource, report: Report) -> tuple[LocalRunner, EngineInfo]:
+    """A model that textmill has no file for, run by transformers: a state per slot, nothing paged, shared or cut."""
+    from textmill.runner.fallback import HubExecutor, bytes_per_token
+
+    if settings.kernels == "native" or (settings.num_shard or 1) > 1:
+        raise ConfigError(f"{source.path}: textmill has no file for this model_type; transformers runs it on one rank")
+    started = time.perf_counter()
+    report("load", f"reading {source.model_id}: textmill has no file for it, so transformers runs it")
+    model, c = load_hub_model(source.path, trust_remote_code=settings.trust_remote_code)
+    shape = shape_of(settings, c)
+    executor = HubExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE)
+    plan = sized(settings, shape, BLOCK_SIZE * bytes_per_token(c))
+    report("load", "one state per sequence, in no blocks: no prefix cache", seconds=time.perf_counter() - started)
+    limits = replace(limits_of(settings, c, shape, plan), forward_only=True)
+    report("memory", "memory plan", table=memory_table(executor, plan, limits))
+    report("warmup", "first step done", seconds=warm_up(executor, limits))
+    return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor.dtype)
 
 
 def report_fallback(settings: Settings, missing: str, checkpoint: Checkpoint, report: Report) -> None:

@@ -136,7 +136,7 @@ def _cached_names(model_id: str, revision: str | None, cache_dir: str | Path | N
 def _wanted(model_id: str, names: list[str]) -> list[str]:
     """The files to fetch: the weights that `_pick` chooses, configuration, tokenizer, templates."""
     kind, file = _pick(model_id, names)
-    around = [name for name in names if name.endswith((".json", ".jinja", ".txt")) or name == "tokenizer.model"]
+    around = [name for name in names if name.endswith((".json", ".jinja", ".txt", ".model", ".py"))]
     if kind == "gguf":
         return [*around, str(file)]
     weights = [name for name in names if name.endswith(".safetensors")]
