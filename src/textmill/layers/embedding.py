@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textmill.layers.linear import Linear, Matrix, matrix
+from textmill.layers.linear import Linear, Matrix, bias, matrix
 from textmill.layers.types import Context, Hidden
 from textmill.weights.view import View
 
@@ -20,4 +20,4 @@ class Embedding:
 
 def head(w: View, embedding: Embedding) -> Linear:
     """The output matrix: the checkpoint's own where it has one, else the embedding's (tied)."""
-    return Linear(matrix(w)) if w.has("weight") else Linear(embedding.table)
+    return Linear(matrix(w), bias([w])) if w.has("weight") else Linear(embedding.table)

@@ -1,0 +1,139 @@
+"""What single families' configs call differently, nest or leave to their code, put into the names that others use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Raw = dict[str, Any]
+
+
+def in_known_names(raw: Raw) -> Raw:
+    """A config.json with its family's defaults filled in and its oddities spelled as others spell them."""
+    family = raw.get("model_type", "mamba" if "ssm_cfg" in raw else None)
+    if not isinstance(family, str):
+        return raw
+    defaults = DEFAULTS.get(family, {})
+    full = defaults | {name: value for name, value in raw.items() if value is not None}
+    rewrite = REWRITES.get(family)
+    return full if rewrite is None else full | rewrite(full)
+
+
+# Under the names that the family itself uses.
+DEFAULTS: dict[str, Raw] = {
+    "gpt2": {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+    "gpt_bigcode": {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+    "gpt_neox": {"layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+    "phi": {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
+    "starcoder2": {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"},
+    "falcon": {"layer_norm_epsilon": 1e-5, "activation": "gelu", "multi_query": True},
+    "bloom": {"layer_norm_epsilon": 1e-5},
+    "mpt": {"layer_norm_epsilon": 1e-5},
+    "opt": {"activation_function": "relu"},
+    "mamba": {"layer_norm_epsilon": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 1},
+}
+DEFAULTS["RefinedWeb"] = DEFAULTS["RefinedWebModel"] = DEFAULTS["falcon"]
+
+
+def _gpt2(raw: Raw) -> Raw:
+    """SantaCoder's own code calls itself GPT-2."""
+    multi_query = raw.get("attention_head_type") == "multiquery"
+    return {"model_type": "santacoder", "num_key_value_heads": 1} if multi_query else {}
+
+
+def _gpt_bigcode(raw: Raw) -> Raw:
+    return {"num_key_value_heads": 1 if raw["multi_query"] else raw.get("n_head", raw.get("num_attention_heads"))}
+
+
+def _falcon(raw: Raw) -> Raw:
+    """Old files: RefinedWeb is the new decoder, RefinedWebModel the old one; both count heads as GPT-2 does.
+
+    `num_kv_heads` is the number of all heads even where they share one.
+    """
+    new = raw.get("new_decoder_architecture", raw["model_type"] == "RefinedWeb")
+    heads = raw.get("num_attention_heads", raw.get("n_head"))
+    grouped = raw.get("num_kv_heads", raw.get("n_head_kv", heads))
+    return {
+        "model_type": "falcon",
+        "num_key_value_heads": grouped if new else 1 if raw["multi_query"] else heads,
+        "parallel_attn": True if new else raw.get("parallel_attn", True),
+        "hidden_act": raw["activation"],
+        "intermediate_size": raw.get("ffn_hidden_size"),
+        "hidden_size": raw.get("hidden_size", raw.get("n_embed")),
+    }
+
+
+def _bloom(raw: Raw) -> Raw:
+    return {
+        "hidden_act": "gelu_tanh",
+        "hidden_size": raw.get("hidden_size", raw.get("n_embed")),
+        "max_position_embeddings": raw.get("seq_length"),  # what it was trained on; ALiBi knows no end
+    }
+
+
+def _mpt(raw: Raw) -> Raw:
+    """What the code reads of `attn_config` stands beside the rest, under the same names."""
+    attention = raw.get("attn_config")
+    attention = attention if isinstance(attention, dict) else {}
+    single = attention.get("attn_type") == "multiquery_attention"
+    ratio, width, scale = raw.get("expansion_ratio", 4), raw.get("d_model"), raw.get("logit_scale")
+    if not isinstance(width, int) or not isinstance(ratio, int | float):
+        return {"intermediate_size": ratio}  # not a size: the reader says so
+    names = ("alibi", "alibi_bias_max", "clip_qkv", "qk_ln", "softmax_scale")
+    return {name: attention.get(name) for name in names} | {
+        "hidden_act": "gelu",
+        "intermediate_size": int(ratio * width),
+        "num_key_value_heads": 1 if single else attention.get("kv_n_heads"),
+        "max_position_embeddings": raw.get("max_seq_len"),
+        "logit_scale": float(width) ** -0.5 if scale == "inv_sqrt_d_model" else scale,
+    }
+
+
+def _mamba(raw: Raw) -> Raw:
+    """The authors' own files name no model_type, and count the vocabulary without the rows that fill the table up."""
+    size, multiple = raw.get("vocab_size"), raw.get("pad_vocab_size_multiple", 1)
+    whole = isinstance(size, int) and isinstance(multiple, int) and multiple > 0
+    return {"model_type": "mamba", "vocab_size": -(-size // multiple) * multiple if whole else size}
+
+
+def _opt(_: Raw) -> Raw:
+    return {"layer_norm_eps": 1e-5}
+
+
+def _partly_rotary(share: float) -> Callable[[Raw], Raw]:
+    """Families whose code rotates only a part of each head where the config does not say how much."""
+
+    def rewrite(raw: Raw) -> Raw:
+        rope = raw.get("rope_parameters")
+        places = (raw, rope if isinstance(rope, dict) else {})
+        said = any(name in place for place in places for name in ("partial_rotary_factor", "rotary_pct"))
+        return {} if said else {"partial_rotary_factor": share}
+
+    return rewrite
+
+
+def _baichuan(raw: Raw) -> Raw:
+    """Nothing but the field's name tells rotary positions (7B) from ALiBi (13B); the vocabulary tells 2 from 1."""
+    length = raw.get("max_position_embeddings")
+    return {
+        "model_type": "baichuan",
+        "alibi": length is None,
+        "norm_head": raw.get("norm_head", raw.get("vocab_size") == 125696),
+        "max_position_embeddings": raw.get("model_max_length") if length is None else length,
+    }
+
+
+REWRITES: dict[str, Callable[[Raw], Raw]] = {
+    "gpt2": _gpt2,
+    "gpt_bigcode": _gpt_bigcode,
+    "gpt_neox": _partly_rotary(0.25),
+    "phi": _partly_rotary(0.5),
+    "falcon": _falcon,
+    "RefinedWeb": _falcon,
+    "RefinedWebModel": _falcon,
+    "bloom": _bloom,
+    "mpt": _mpt,
+    "opt": _opt,
+    "mamba": _mamba,
+    "baichuan": _baichuan,
+}
