@@ -139,7 +139,7 @@ def test_a_runner_is_built_and_says_how(folder: Path) -> None:
     assert (info.model_type, info.vocab_size, info.max_total_tokens) == (folder.name, 160, 64)
     assert runner.limits.forward_only
     assert any("transformers runs it" in line for line in said)
-    assert any("no prefix cache" in line for line in said)
+    assert any("nothing paged" in line for line in said)
 
 
 def broken(tmp_path: Path, **fields: Any) -> Path:

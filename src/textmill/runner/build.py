@@ -96,7 +96,7 @@ def build_hub_runner(settings: Settings, source: ModelSource, report: Report) ->
     shape = shape_of(settings, c)
     executor = HubExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE)
     plan = sized(settings, shape, BLOCK_SIZE * bytes_per_token(c))
-    report("load", "one state per sequence, in no blocks: no prefix cache", seconds=time.perf_counter() - started)
+    report("load", "weights are in place; a state per sequence, nothing paged", seconds=time.perf_counter() - started)
     limits = replace(limits_of(settings, c, shape, plan), forward_only=True)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     report("warmup", "first step done", seconds=warm_up(executor, limits))
