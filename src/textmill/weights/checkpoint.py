@@ -80,6 +80,10 @@ class Checkpoint(ABC):
     def unread(self) -> list[str]:
         return [name for name in self.names() if name not in self._read]
 
+    def leave_out(self, prefix: str) -> None:
+        """The model has no use for what lies under a prefix: it is not missed."""
+        self._read.update(name for name in self.names() if name.startswith(prefix))
+
     def _note(self, name: str) -> None:
         self._known(name)
         self._read.add(name)

@@ -65,5 +65,9 @@ class View:
             raise ModelError(f"{self.path(leaf)}: a packed matrix cannot be stored [inputs, outputs]")
         return matrix.T
 
+    def leave_out(self, leaf: str) -> None:
+        """The model has no use for what lies under `leaf`: it is not missed."""
+        self.checkpoint.leave_out(self.path(leaf) + ".")
+
     def __repr__(self) -> str:
         return f"View({self.name!r})"
