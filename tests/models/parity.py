@@ -171,7 +171,7 @@ def served(
 
     The last prompt comes once more when all others have ended: from the prefix cache, if there is one.
     """
-    limits = RunnerLimits(BLOCK, blocks, SLOTS, 512, TOTAL, vocabulary)
+    limits = executor.memory.limited(RunnerLimits(BLOCK, blocks, SLOTS, 512, TOTAL, vocabulary))
     engine = Engine(LocalRunner(executor, limits), EngineSettings(max_batch_prefill_tokens=chunk))
     engine.start()
     tokens: list[list[int]] = [[] for _ in (*prompts, 0)]

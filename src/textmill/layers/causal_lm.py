@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from textmill.kernels.spec import AttentionSpec
 from textmill.layers.attention import Attention
+from textmill.layers.memory import Memory
 from textmill.layers.types import Context, Hidden
 
 
 class Block(Protocol):
     """One layer of a decoder: the residual stream in, the residual stream out."""
 
-    attn: Attention
-
     def __call__(self, x: Hidden, ctx: Context) -> Hidden: ...
+
+
+@runtime_checkable
+class Attending(Protocol):
+    """A layer that keeps keys and values."""
+
+    attn: Attention
 
 
 class CausalLM:
@@ -40,6 +45,6 @@ class CausalLM:
         return self.head(self.norm(ctx.outputs(x)))
 
     @property
-    def attention_layers(self) -> list[AttentionSpec]:
-        """What each layer keeps of a sequence, in the order of layer numbers."""
-        return [block.attn.spec for block in self.blocks]
+    def memory(self) -> Memory:
+        """What the model keeps of a sequence; layers are numbered in the order of blocks."""
+        return Memory(tuple(block.attn.spec for block in self.blocks if isinstance(block, Attending)))

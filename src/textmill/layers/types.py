@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from textmill.kernels.native import NativeWeight, Rows
-from textmill.kernels.spec import Array, AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.quant.packed import Packed
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def hidden(x: Tensor | Rows) -> Hidden:
 
 
 class Stored(Protocol):
-    """A matrix that takes the form its user needs (see `layers.linear.Matrix`)."""
+    """A matrix that takes the form its user needs (see `layers.linear.Matrix`); `part`: which rows of a table it is."""
+
+    part: range | None
 
     def form_for(self, x: Hidden | None) -> NativeWeight | Packed | Array: ...
 
@@ -38,6 +40,12 @@ class Context(Protocol):
 
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
         """Rotates and stores this step's keys and values, attends over the sequence's: [rows, heads x head_dim]."""
+
+    def convolve(self, x: Hidden, state: int, spec: ConvolutionSpec) -> Hidden:
+        """Of the first columns of x, as many as there are channels, with the sequence's last inputs (state `state`)."""
+
+    def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Hidden:
+        """x, dt [rows, channels], bc [rows, b | c], gated by the last columns of `gate`: [rows, channels]."""
 
     def outputs(self, x: Hidden) -> Hidden:
         """Only the rows whose next token is wanted."""

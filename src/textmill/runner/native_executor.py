@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
 from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays, Unrecordable
-from textmill.kernels.spec import AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
 from textmill.runner.runner import NOT_FINITE
@@ -32,6 +32,9 @@ class Recorder:
             raise TypeError("a recording needs native weights")
         return cast(Hidden, self._program.embed(weight, scale))
 
+    def embed_positions(self, table: Array, offset: int = 0) -> Hidden:
+        return cast(Hidden, self._program.embed_positions(table, offset))
+
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
         return cast(Hidden, self._program.attend(cast(Rows, qkv), layer, spec))
 
@@ -48,6 +51,7 @@ class NativeExecutor:
     def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
         """Records the model; raises Unrecordable."""
         program.finish(cast(Rows, model(Recorder(program))))
+        self.memory = model.memory
         self.program = program
         self.tables = program
         self.dtype = dtype

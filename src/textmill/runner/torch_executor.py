@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from textmill.core import Sampled, SlotWork
-from textmill.kernels import reference
+from textmill.kernels import recurrence, reference
 from textmill.kernels.native import NativeWeight
-from textmill.kernels.spec import Array, AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
 from textmill.quant.packed import Packed
@@ -21,28 +21,34 @@ from textmill.runner.slots import SlotTables
 
 def bytes_per_block(model: CausalLM, block_size: int) -> int:
     """Keys and values of one block in all layers, float32."""
-    return sum(2 * spec.kv_heads * spec.head_dim * block_size * 4 for spec in model.attention_layers)
+    return model.memory.bytes_per_token() * block_size
 
 
 class EagerContext:
-    """One step as the layers of an eager model see it."""
+    """One step as the layers of an eager model see it. `states`: by number, [slots, ...] (see `layers.memory`)."""
 
-    def __init__(self, work: Sequence[SlotWork], tables: SlotTables, cache: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        work: Sequence[SlotWork],
+        tables: SlotTables,
+        cache: list[tuple[Tensor, Tensor]],
+        states: Sequence[Tensor] = (),
+    ) -> None:
         self._work = [(w.slot, w.start, w.count) for w in work]
         self._block_table = torch.from_numpy(tables.block_table)
         self._cache = cache
+        self._states = states
         known = [torch.from_numpy(tables.tokens[w.slot, w.start : w.start + w.count]).long() for w in work]
         self._tokens = torch.cat(known)
         self._positions = torch.cat([torch.arange(w.start, w.start + w.count) for w in work])
         self._wanted = torch.tensor(wanted_rows(work, tables), dtype=torch.int64)
 
     def embed(self, table: Stored, scale: float = 1.0) -> Tensor:
-        matrix = table.form_for(self._tokens)
-        if isinstance(matrix, Packed):
-            return torch.from_numpy(matrix.take(self._tokens.numpy()).dequantize()) * scale
-        if isinstance(matrix, NativeWeight):
-            raise TypeError("an eager step needs a plain table")
-        return torch.as_tensor(matrix)[self._tokens] * scale
+        if table.part is None:
+            return looked_up(table, self._tokens) * scale
+        rows = self._tokens - table.part.start
+        ours = (rows >= 0) & (rows < len(table.part))
+        return torch.where(ours[:, None], looked_up(table, rows.where(ours, 0)) * scale, 0.0)
 
     def embed_positions(self, table: Array, offset: int = 0) -> Tensor:
         return reference.floats(table)[self._positions + offset]
@@ -51,8 +57,24 @@ class EagerContext:
         keys, values = self._cache[layer]
         return reference.attend(qkv, keys, values, self._block_table, self._work, spec)
 
+    def convolve(self, x: Hidden, state: int, spec: ConvolutionSpec) -> Tensor:
+        return recurrence.convolve(x, self._states[state], self._work, spec)
+
+    def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Tensor:
+        return recurrence.scan(x, dt, bc, gate, self._states[state], self._work, spec)
+
     def outputs(self, x: Hidden) -> Tensor:
         return x[self._wanted]
+
+
+def looked_up(table: Stored, rows: Tensor) -> Tensor:
+    """Rows of an embedding table, float32."""
+    matrix = table.form_for(rows)
+    if isinstance(matrix, Packed):
+        return torch.from_numpy(matrix.take(rows.numpy()).dequantize())
+    if isinstance(matrix, NativeWeight):
+        raise TypeError("an eager step needs a plain table")
+    return torch.as_tensor(matrix)[rows]
 
 
 class TorchExecutor:
@@ -68,16 +90,20 @@ class TorchExecutor:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)
         self.compute_seconds = 0.0
         self.logits = torch.empty(0)  # of the last step's wanted rows, for tests
+        self.memory = model.memory
         self._model = model
         self._cache = [
             (torch.zeros(shape), torch.zeros(shape))
-            for shape in ((num_blocks, s.kv_heads, block_size, s.head_dim) for s in model.attention_layers)
+            for shape in ((num_blocks, s.kv_heads, block_size, s.head_dim) for s in self.memory.attention)
         ]
+        self._states = [torch.zeros((max_slots, *shape)) for shape in self.memory.states]
 
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         started = time.perf_counter()
-        logits = self._model(EagerContext(work, self.tables, self._cache))
+        if self._states:
+            self._clear([item.slot for item in work if item.start == 0])
+        logits = self._model(EagerContext(work, self.tables, self._cache, self._states))
         self.compute_seconds += time.perf_counter() - started
         self.logits = logits
         out: list[Sampled] = []
@@ -87,3 +113,8 @@ class TorchExecutor:
             out.append(finish(item, logits[row : row + rows], self.tables))
             row += rows
         return out
+
+    def _clear(self, slots: list[int]) -> None:
+        """Sequences that begin: whatever the slots held before is of no meaning to them."""
+        for state in self._states:
+            state[slots] = 0

@@ -1,0 +1,71 @@
+"""Families whose memory is not all keys and values of the paged cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models.parity import Case, transformers_oracle
+from tests.models.tiny import Make, random_checkpoint
+
+PLAIN = transformers_oracle("eager")
+NO_SCAN = "the native program has neither convolution nor scan"
+STATE = "a state per sequence is in no block"
+
+
+def lively(model: Any) -> None:
+    """Steps and decays of useful size: random ones would forget at once or blow up."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.backbone.layers:
+        layer.mixer.A_log.uniform_(-1.0, 1.0, generator=generator)
+        layer.mixer.D.uniform_(0.5, 1.5, generator=generator)
+        layer.mixer.dt_proj.bias.uniform_(-2.0, 0.5, generator=generator)
+
+
+def mamba(**changes: Any) -> Make:
+    fields = {"vocab_size": 160, "hidden_size": 48, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 5}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return random_checkpoint("mamba", adjust=lively, **(fields | special | changes))
+
+
+def as_the_authors_name_it(make: Make) -> Make:
+    """The layout of the first releases: no model_type, `embedding`, a vocabulary that is filled up; hub's beside it."""
+
+    def written(folder: Path) -> None:
+        hub = folder / "hub"
+        make(hub)
+        c = json.loads((hub / "config.json").read_text())
+        old = {"d_model": c["hidden_size"], "n_layer": c["num_hidden_layers"], "vocab_size": c["vocab_size"] - 3}
+        old |= {"ssm_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "pad_vocab_size_multiple": 8}
+        (folder / "config.json").write_text(json.dumps(old))
+        tensors = load_file(hub / "model.safetensors")
+        save_file(
+            {name.replace("embeddings", "embedding"): t for name, t in tensors.items()}, folder / "model.safetensors"
+        )
+
+    return written
+
+
+CASES = [
+    Case("mamba", "tied", mamba(), PLAIN, not_native=NO_SCAN, no_prefix_cache=STATE),
+    Case(
+        "mamba",
+        "own head, biases",
+        mamba(tie_word_embeddings=False, use_bias=True, conv_kernel=3, expand=3),
+        PLAIN,
+        not_native=NO_SCAN,
+        no_prefix_cache=STATE,
+    ),
+    Case(
+        "mamba",
+        "first releases",
+        as_the_authors_name_it(mamba()),
+        lambda folder: PLAIN(folder / "hub"),
+        not_native=NO_SCAN,
+        no_prefix_cache=STATE,
+    ),
+]
