@@ -85,6 +85,13 @@ def scale(x: Values, factor: float) -> Values:
     return x * factor
 
 
+def clip(x: Values, limit: float) -> Values:
+    """x, but no more than `limit` and no less than -limit."""
+    if isinstance(x, Rows):
+        return x.program.clip(x, limit)
+    return x.clamp(-limit, limit)
+
+
 def softcap(x: Values, cap: float) -> Values:
     """cap * tanh(x / cap)."""
     if isinstance(x, Rows):

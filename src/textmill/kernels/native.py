@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from textmill.kernels.native_weights import LOADED as LOADED
+from textmill.kernels.native_weights import NativeWeight as NativeWeight
+from textmill.kernels.native_weights import dense_weight as dense_weight
+from textmill.kernels.native_weights import ggml_supported as ggml_supported
+from textmill.kernels.native_weights import ggml_unpack as ggml_unpack
+from textmill.kernels.native_weights import module as _native
+from textmill.kernels.native_weights import pack_weight as pack_weight
+from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
 from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec
 
-try:
-    from textmill import _native
-except ImportError:  # not built: the torch reference serves
-    _native = None  # type: ignore[assignment]
-
-LOADED = _native is not None
-
-_ACTIVATION_NUMBERS = {"silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4}
+_ACTIVATION_NUMBERS = {
+    "silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4, "sigmoid": 5, "tanh": 6, "quick_gelu": 7,
+}  # fmt: skip
+_LAST_OF_PRODUCTS = 4  # the activations that a product can end with
 
 
 def instruction_set() -> str:
@@ -36,79 +40,6 @@ def set_instruction_set(name: str) -> bool:
 def set_threads(count: int) -> int:
     """Threads that native work may use, the caller's included; 0: all cores we may use. Returns how many there are."""
     return int(_native.set_threads(count))
-
-
-class NativeWeight:
-    """A matrix [n outputs, k inputs] in the layout of the CPU kernels; never changes."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs, inputs."""
-        return self.handle.n, self.handle.k
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one pass over the matrix reads."""
-        return int(self.handle.nbytes)
-
-    def row(self, index: int) -> NDArray[np.float32]:
-        """One row as float32 [k]."""
-        out = np.empty(self.shape[1], np.float32)
-        if not 0 <= index < self.shape[0]:
-            raise ValueError(f"row {index} of a matrix with {self.shape[0]} rows")
-        self.handle.row(index, out)
-        return out
-
-
-def pack_weight(codes: Array, scales: Array, offsets: Array | None, zero: int, bits: int, group: int) -> NativeWeight:
-    """A packed matrix: codes uint8 [n, k], scales and offsets float32 [n, k / group] (see spec.PackedMatrix)."""
-    plain_codes = plain(codes, np.uint8)
-    n, k = plain_codes.shape
-    wanted = (n, k // group)
-    parts = [plain(scales, np.float32), *([] if offsets is None else [plain(offsets, np.float32)])]
-    if any(part.shape != wanted for part in parts) or k % group:
-        raise ValueError(f"scales and offsets of a {n} x {k} matrix in groups of {group} must be {wanted}")
-    return NativeWeight(
-        _native.pack_weight(plain_codes, parts[0], parts[1] if offsets is not None else None, zero, bits, group)
-    )
-
-
-def dense_weight(values: Array) -> NativeWeight:
-    """A float matrix [n, k], kept in float32."""
-    return NativeWeight(_native.dense_weight(plain(values, np.float32)))
-
-
-def ggml_unpack(
-    kind: int, blocks: Any, n: int, k: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None, int, int, int]:
-    """Codes, scales, offsets (or None), zero, bits and group of a GGUF tensor's raw blocks, in parallel over rows.
-
-    `kind` is ggml's type number, `blocks` any contiguous memory of bytes. ValueError if the type is not supported or
-    the memory is not the right size for n x k.
-    """
-    layout = _native.ggml_layout(kind)
-    if layout is None:
-        raise ValueError(f"ggml type {kind} has no native reader")
-    bits, group, zero, has_offsets = layout
-    codes = np.empty((n, k), np.uint8)
-    scales = np.empty((n, k // group), np.float32)
-    offsets = np.empty((n, k // group), np.float32) if has_offsets else None
-    _native.ggml_unpack(kind, np.frombuffer(blocks, np.uint8), codes, scales, offsets)
-    return codes, scales, offsets, zero, bits, group
-
-
-def ggml_supported(kind: int) -> bool:
-    """True if `ggml_unpack` reads ggml's type number `kind`."""
-    return LOADED and _native.ggml_layout(kind) is not None
-
-
-def plain(values: Array, dtype: type[np.generic]) -> NDArray[Any]:
-    """Any array or tensor as contiguous numpy memory of `dtype`; copies only if it must."""
-    array: NDArray[Any] = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
-    return np.ascontiguousarray(array, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +132,10 @@ class Program:
         self._weights[id(weight)] = weight
         return self._rows(self._native.embed(weight.handle, scale))
 
+    def embed_positions(self, table: Array, offset: int = 0) -> Rows:
+        """Row `position + offset` of `table` [positions, columns] for the step's tokens."""
+        return self._rows(self._native.embed_positions(self._keep(table), offset))
+
     def rms_norm(self, x: Rows, weight: Array, eps: float, plus_one: bool = False) -> Rows:
         """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight)."""
         factors = plain(weight, np.float32)
@@ -213,6 +148,14 @@ class Program:
     def add(self, x: Rows, y: Rows) -> Rows:
         """x + y. If one of them is a product that nothing else reads, this becomes part of that product."""
         return self._rows(self._native.add(self._own(x), self._own(y)))
+
+    def multiply(self, x: Rows, y: Rows) -> Rows:
+        """x * y, element by element."""
+        return self._rows(self._native.multiply(self._own(x), self._own(y)))
+
+    def clip(self, x: Rows, limit: float) -> Rows:
+        """x, but no more than `limit` and no less than -limit."""
+        return self._rows(self._native.clip(self._own(x), limit))
 
     def scale(self, x: Rows, factor: float) -> Rows:
         """x * factor."""
@@ -242,31 +185,35 @@ class Program:
         """x W^T + bias, then the activation; `gated`: W is [gate; up], the result act(gate) * up and half as wide."""
         self._weights[id(weight)] = weight
         number = _number(activation) if activation else 0
+        if activation and number > _LAST_OF_PRODUCTS:
+            y = self.matmul(x, weight, bias=bias)
+            return self.gated_activation(y, activation) if gated else self.activation(y, activation)
         return self._rows(self._native.matmul(self._own(x), weight.handle, self._keep_if(bias), number, gated))
 
     def attend(self, qkv: Rows, layer: int, spec: AttentionSpec) -> Rows:
         """Stores the rows' keys and values in layer `layer` of the cache and attends over it (see AttentionSpec)."""
-        if spec.head_norm != "rms":
-            raise Unrecordable("layer norm of queries and keys")
         if spec.key_bias is not None:
             raise Unrecordable("bias of keys")
-        tables = (spec.alibi, spec.rope_cos, spec.rope_sin, spec.q_norm, spec.k_norm)
-        alibi, cos, sin, q_norm, k_norm = (self._keep_if(table) for table in tables)
-        sizes = (spec.heads, spec.kv_heads, spec.head_dim)
+        keep = self._keep_if
         return self._rows(
             self._native.attend(
                 self._own(qkv),
                 layer,
-                *sizes,
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
                 spec.scale,
                 spec.window,
                 spec.softcap,
-                alibi,
-                cos,
-                sin,
+                keep(spec.alibi),
+                keep(spec.rope_cos),
+                keep(spec.rope_sin),
                 spec.rope_interleaved,
-                q_norm,
-                k_norm,
+                keep(spec.q_norm),
+                keep(spec.k_norm),
+                keep(spec.q_norm_bias),
+                keep(spec.k_norm_bias),
+                spec.head_norm == "layer",
                 spec.norm_eps,
             )
         )

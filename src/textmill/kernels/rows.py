@@ -35,7 +35,9 @@ class Rows:
             raise Unrecordable(f"sum with a {type(other).__name__}")
         return self.program.add(self, other)
 
-    def __mul__(self, factor: float) -> Rows:
+    def __mul__(self, factor: float | Rows) -> Rows:
+        if isinstance(factor, Rows):
+            return self.program.multiply(self, factor)
         if not isinstance(factor, int | float):
             raise Unrecordable(f"product with a {type(factor).__name__}")
         return self.program.scale(self, factor)

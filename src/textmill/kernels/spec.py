@@ -25,6 +25,9 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "quick_gelu": "quick_gelu",
 }
 
 # Activations are quantized per row in chunks of this many inputs; the last chunk of a row may be shorter.

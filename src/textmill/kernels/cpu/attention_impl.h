@@ -29,20 +29,35 @@ inline float inverse_rms(const float* x, int64_t cols, float eps) {
   return 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps);
 }
 
+// (x - mean) * factor for `cols` numbers that are normed together.
+struct Spread {
+  float mean = 0.0f, factor = 1.0f;
+};
+
+inline Spread spread_of(const HeadNorm& norm, const float* x, int64_t cols, float eps) {
+  if (!norm.centered) return {0.0f, inverse_rms(x, cols, eps)};
+  const float mean = reduce_row(x, cols, 0.0f, [](f32x8 a, f32x8 s) { return s + a; }) / static_cast<float>(cols);
+  const f32x8 middle = splat(mean);
+  const float squares = reduce_row(x, cols, mean, [=](f32x8 a, f32x8 s) { return fma(a - middle, a - middle, s); });
+  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps)};
+}
+
 // Heads x [count, head_dim] into out [count, dim]: optional norm, then the turn by cos, sin (of the row's position).
-inline void turn_heads(const AttentionSpec& spec, const float* x, int64_t count, const float* norm, bool norm_all,
-                       int64_t position, float* out) {
+inline void turn_heads(const AttentionSpec& spec, const float* x, int64_t count, const HeadNorm& norm, int64_t position,
+                       float* out) {
   const int64_t width = spec.head_dim, half = spec.rotary_half;
   const float* cos = spec.rope_cos + position * half;
   const float* sin = spec.rope_sin + position * half;
-  const float shared = norm && norm_all ? inverse_rms(x, count * width, spec.norm_eps) : 1.0f;
+  const Spread shared = norm.weight && norm.whole ? spread_of(norm, x, count * width, spec.norm_eps) : Spread();
   for (int64_t h = 0; h < count; ++h) {
     const float* from = x + h * width;
     float* to = out + h * spec.dim();
-    if (norm) {
-      const float factor = norm_all ? shared : inverse_rms(from, width, spec.norm_eps);
-      const float* weight = norm + (norm_all ? h * width : 0);
-      for (int64_t d = 0; d < width; ++d) to[d] = from[d] * factor * weight[d];
+    if (norm.weight) {
+      const Spread own = norm.whole ? shared : spread_of(norm, from, width, spec.norm_eps);
+      const int64_t first = norm.each ? h * width : 0;
+      const float* weight = norm.weight + first;
+      for (int64_t d = 0; d < width; ++d) to[d] = (from[d] - own.mean) * own.factor * weight[d];
+      for (int64_t d = 0; norm.bias && d < width; ++d) to[d] += norm.bias[first + d];
     } else {
       for (int64_t d = 0; d < width; ++d) to[d] = from[d];
     }
@@ -81,13 +96,13 @@ inline void store_row(const AttentionSpec& spec, const StoreRow& row) {
   const float* keys = row.qkv + spec.heads * spec.head_dim;
   const float* values = keys + spec.kv_heads * spec.head_dim;
   const int64_t offset = row.position % spec.block_size;
-  turn_heads(spec, keys, spec.kv_heads, spec.k_norm, spec.k_norm_all, row.position, row.q);
+  turn_heads(spec, keys, spec.kv_heads, spec.k_norm, row.position, row.q);
   if (spec.half_cache) {
     store_cache(spec, row.q, values, offset, static_cast<uint16_t*>(row.keys), static_cast<uint16_t*>(row.values));
   } else {
     store_cache(spec, row.q, values, offset, static_cast<float*>(row.keys), static_cast<float*>(row.values));
   }
-  turn_heads(spec, row.qkv, spec.heads, spec.q_norm, spec.q_norm_all, row.position, row.q);
+  turn_heads(spec, row.qkv, spec.heads, spec.q_norm, row.position, row.q);
   for (int64_t i = 0; i < spec.heads * spec.dim(); ++i) row.q[i] *= spec.scale;
 }
 

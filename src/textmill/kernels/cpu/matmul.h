@@ -22,7 +22,10 @@ constexpr int64_t kColumnBlock = 8;
 // Activations are quantized in chunks of this many inputs.
 constexpr int64_t kChunk = 32;
 
-enum class Activation : int32_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kGeluErf = 3, kRelu = 4 };
+enum class Activation : int32_t {
+  kNone = 0, kSilu = 1, kGeluTanh = 2, kGeluErf = 3, kRelu = 4,
+  kSigmoid = 5, kTanh = 6, kQuickGelu = 7,  // of rows only, not in an epilogue
+};
 
 // What happens to y on its way out, in this order; all optional.
 struct Epilogue {

@@ -138,7 +138,13 @@ class PyProgram {
     require(!bias || bias->size() == weight.size(), "layer_norm: the bias is not as wide as the weight");
     return program_.layer_norm(x, keep(weight), static_cast<int64_t>(weight.size()), keep(bias), eps);
   }
-  int add(int x, int y) { return program_.add(x, y); }
+  int embed_positions(const Array<const float, nb::ndim<2>>& table, int64_t offset) {
+    return program_.embed_positions(keep(Floats(table)), static_cast<int64_t>(table.shape(0)),
+                                    static_cast<int64_t>(table.shape(1)), offset);
+  }
+  int add(int x, int y) { return program_.binary(OpKind::kAdd, x, y); }
+  int multiply(int x, int y) { return program_.binary(OpKind::kMultiply, x, y); }
+  int clip(int x, float limit) { return program_.unary(OpKind::kClip, x, limit); }
   int scale(int x, float factor) { return program_.unary(OpKind::kScale, x, factor); }
   int softcap(int x, float cap) { return program_.unary(OpKind::kSoftcap, x, cap); }
   int activation(int x, int number) { return program_.activation(x, kind_of(number), false); }
@@ -151,7 +157,8 @@ class PyProgram {
   int attend(int x, int layer, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
              float softcap, const std::optional<Floats>& alibi, const std::optional<Floats>& rope_cos,
              const std::optional<Floats>& rope_sin, bool rope_interleaved, const std::optional<Floats>& q_norm,
-             const std::optional<Floats>& k_norm, float norm_eps) {
+             const std::optional<Floats>& k_norm, const std::optional<Floats>& q_norm_bias,
+             const std::optional<Floats>& k_norm_bias, bool norm_centered, float norm_eps) {
     AttentionSpec spec;
     spec.heads = heads;
     spec.kv_heads = kv_heads;
@@ -174,8 +181,8 @@ class PyProgram {
     spec.rope_cos = keep(rope_cos);
     spec.rope_sin = keep(rope_sin);
     spec.rope_interleaved = rope_interleaved;
-    spec.q_norm = norm_weight(q_norm, heads, head_dim, &spec.q_norm_all);
-    spec.k_norm = norm_weight(k_norm, kv_heads, head_dim, &spec.k_norm_all);
+    spec.q_norm = head_norm(q_norm, q_norm_bias, heads, head_dim, norm_centered);
+    spec.k_norm = head_norm(k_norm, k_norm_bias, kv_heads, head_dim, norm_centered);
     return program_.attend(x, layer, spec);
   }
 
@@ -229,7 +236,7 @@ class PyProgram {
 
  private:
   static Activation kind_of(int number) {
-    require(number >= 0 && number <= 4, "no such activation");
+    require(number >= 0 && number <= 7, "no such activation");
     return static_cast<Activation>(number);
   }
   const float* keep(const Floats& values) {
@@ -237,12 +244,20 @@ class PyProgram {
     return values.data();
   }
   const float* keep(const std::optional<Floats>& values) { return values ? keep(*values) : nullptr; }
-  const float* norm_weight(const std::optional<Floats>& weight, int64_t heads, int64_t head_dim, bool* all) {
-    if (!weight) return nullptr;
-    *all = static_cast<int64_t>(weight->size()) != head_dim;
-    require(!*all || static_cast<int64_t>(weight->size()) == heads * head_dim,
+  // A weight [heads, head_dim] norms each head alone; one of the same length in one dimension norms them together.
+  HeadNorm head_norm(const std::optional<Floats>& weight, const std::optional<Floats>& bias, int64_t heads,
+                     int64_t head_dim, bool centered) {
+    HeadNorm norm;
+    if (!weight) return norm;
+    norm.each = weight->ndim() == 2 || static_cast<int64_t>(weight->size()) != head_dim;
+    norm.whole = norm.each && weight->ndim() == 1;
+    norm.centered = centered;
+    require(!norm.each || static_cast<int64_t>(weight->size()) == heads * head_dim,
             "attend: a norm's weight spans one head or all");
-    return keep(*weight);
+    require(!bias || bias->size() == weight->size(), "attend: a norm's bias is as long as its weight");
+    norm.weight = keep(*weight);
+    norm.bias = keep(bias);
+    return norm;
   }
 
   Limits limits_;
@@ -288,7 +303,10 @@ NB_MODULE(_native, m) {
       .def("embed", &PyProgram::embed)
       .def("rms_norm", &PyProgram::rms_norm)
       .def("layer_norm", &PyProgram::layer_norm, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("embed_positions", &PyProgram::embed_positions)
       .def("add", &PyProgram::add)
+      .def("multiply", &PyProgram::multiply)
+      .def("clip", &PyProgram::clip)
       .def("scale", &PyProgram::scale)
       .def("softcap", &PyProgram::softcap)
       .def("activation", &PyProgram::activation)
@@ -296,7 +314,7 @@ NB_MODULE(_native, m) {
       .def("matmul", &PyProgram::matmul, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg())
       .def("attend", &PyProgram::attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
-           nb::arg().none(), nb::arg())
+           nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
       .def("outputs", &PyProgram::outputs)
       .def("finish", &PyProgram::finish)
       .def("columns", &PyProgram::columns)

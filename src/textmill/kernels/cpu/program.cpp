@@ -113,6 +113,16 @@ int Program::embed(std::shared_ptr<const Weight> matrix, float scale) {
   return record(std::move(op), cols);
 }
 
+int Program::embed_positions(const float* table, int64_t positions, int64_t cols, int64_t offset) {
+  require(!in_head_, "embed_positions belongs to the body");
+  require(offset >= 0 && positions >= limits_.max_total_tokens + offset,
+          "the table of positions has fewer rows than max_total_tokens");
+  Op op;
+  op.kind = OpKind::kEmbedPositions;
+  op.weight = table + offset * cols;
+  return record(std::move(op), cols);
+}
+
 int Program::rms_norm(int x, const float* weight, int64_t size, float eps) {
   check_input(x);
   require(size == value(x).cols, "rms_norm: the weight is not as wide as the rows");
@@ -136,12 +146,12 @@ int Program::layer_norm(int x, const float* weight, int64_t size, const float* b
   return record(std::move(op), size);
 }
 
-int Program::add(int x, int y) {
+int Program::binary(OpKind kind, int x, int y) {
   check_input(x);
   check_input(y);
-  require(value(x).cols == value(y).cols, "add: rows of different width");
+  require(value(x).cols == value(y).cols, "sums and products take rows of the same width");
   Op op;
-  op.kind = OpKind::kAdd;
+  op.kind = kind;
   op.x = x;
   op.y = y;
   return record(std::move(op), value(x).cols);
@@ -168,6 +178,7 @@ int Program::activation(int x, Activation kind, bool gated) {
 
 int Program::matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated) {
   check_input(x);
+  require(kind <= Activation::kRelu, "matmul: this activation is an operation of its own");
   require(matrix->k == value(x).cols, "matmul: the matrix does not take rows of this width");
   require(!gated || matrix->n % 2 == 0, "matmul: a gated matrix has an even number of outputs");
   Op op;
@@ -340,8 +351,9 @@ std::vector<OpProfile> Program::profile() const {
 }
 
 void Program::reset_profile() {
-  static const char* const kNames[] = {"embed", "rms_norm", "layer_norm", "add", "scale", "softcap", "activation",
-                                       "gated_activation", "outputs", "matmul", "attention"};
+  static const char* const kNames[] = {
+      "embed", "embed_positions", "rms_norm", "layer_norm", "add", "multiply", "scale", "clip", "softcap", "activation",
+      "gated_activation", "outputs", "matmul", "attention"};
   profiles_.assign(ops_.size() + 1, OpProfile());
   for (size_t i = 0; i < ops_.size(); ++i) {
     profiles_[i].name = kNames[static_cast<int>(ops_[i].kind)];

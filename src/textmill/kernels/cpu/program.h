@@ -62,7 +62,8 @@ struct StepOutput {
 };
 
 enum class OpKind {
-  kEmbed, kRmsNorm, kLayerNorm, kAdd, kScale, kSoftcap, kActivation, kGatedActivation, kOutputs, kMatmul, kAttention
+  kEmbed, kEmbedPositions, kRmsNorm, kLayerNorm, kAdd, kMultiply, kScale, kClip, kSoftcap, kActivation,
+  kGatedActivation, kOutputs, kMatmul, kAttention
 };
 
 struct Value {
@@ -84,7 +85,7 @@ struct Op {
   bool head = false;
   const float* weight = nullptr;
   const float* bias = nullptr;
-  float number = 0;  // eps, factor or cap
+  float number = 0;  // eps, factor, cap or limit
   Activation activation = Activation::kNone;
   bool gated = false;
   bool quantizes = false;  // a matmul that must first quantize its input
@@ -123,9 +124,11 @@ class Program {
   Program(const Limits& limits, const SlotTable& table);
 
   int embed(std::shared_ptr<const Weight> matrix, float scale);
+  // table: [positions, cols]; row `position + offset` of it.
+  int embed_positions(const float* table, int64_t positions, int64_t cols, int64_t offset);
   int rms_norm(int x, const float* weight, int64_t size, float eps);
   int layer_norm(int x, const float* weight, int64_t size, const float* bias, float eps);
-  int add(int x, int y);
+  int binary(OpKind kind, int x, int y);
   int unary(OpKind kind, int x, float number);
   int activation(int x, Activation kind, bool gated);
   int matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated);

@@ -43,6 +43,15 @@ inline void add(const float* x, const float* y, int64_t cols, float* out) {
   map_rows(x, y, cols, out, [](f32x8 a, f32x8 b) { return a + b; });
 }
 
+inline void multiply(const float* x, const float* y, int64_t cols, float* out) {
+  map_rows(x, y, cols, out, [](f32x8 a, f32x8 b) { return a * b; });
+}
+
+inline void clip(const float* x, float limit, int64_t cols, float* out) {
+  const f32x8 most = splat(limit), least = splat(-limit);
+  map_row(x, cols, out, [=](f32x8 a) { return a > most ? most : (a < least ? least : a); });
+}
+
 inline void scale(const float* x, float factor, int64_t cols, float* out) {
   const f32x8 f = splat(factor);
   map_row(x, cols, out, [=](f32x8 a) { return a * f; });
@@ -71,6 +80,9 @@ inline f32x8 apply(Activation kind, f32x8 x) {
     case Activation::kGeluTanh: return gelu_tanh(x);
     case Activation::kGeluErf: return gelu_erf(x);
     case Activation::kRelu: return x < splat(0.0f) ? splat(0.0f) : x;
+    case Activation::kSigmoid: return sigmoid(x);
+    case Activation::kTanh: return tanh(x);
+    case Activation::kQuickGelu: return x * sigmoid(splat(1.702f) * x);
     default: return x;
   }
 }
@@ -137,8 +149,8 @@ inline int64_t above(const float* x, int64_t count, float threshold, int32_t* in
 inline float exp_one(float x) { return exp(x); }
 
 constexpr VectorKernels table(const char* name) {
-  return {name,      rms_norm, layer_norm, add,       scale, softcap, activation, gated,
-          store_row, attend,   merge,      normalize, scan,  exp_sum, above,      exp_one};
+  return {name,  rms_norm,   layer_norm, add,       multiply, clip,  scale,     softcap, activation,
+          gated, store_row,  attend,     merge,     normalize, scan, exp_sum,   above,   exp_one};
 }
 
 }  // namespace TEXTMILL_ISA

@@ -238,9 +238,14 @@ void Step::run_row(const Op& op, int64_t row, float* out) const {
       op.matrix->dequantize_row(tokens_[static_cast<size_t>(row)], out);
       if (op.number != 1.0f) vector_.scale(out, op.number, cols, out);
       return;
+    case OpKind::kEmbedPositions:
+      std::copy_n(op.weight + positions_[static_cast<size_t>(row)] * cols, cols, out);
+      return;
     case OpKind::kRmsNorm: return vector_.rms_norm(x, op.weight, op.number, cols, out);
     case OpKind::kLayerNorm: return vector_.layer_norm(x, op.weight, op.bias, op.number, cols, out);
     case OpKind::kAdd: return vector_.add(x, value_row(op.y, row), cols, out);
+    case OpKind::kMultiply: return vector_.multiply(x, value_row(op.y, row), cols, out);
+    case OpKind::kClip: return vector_.clip(x, op.number, cols, out);
     case OpKind::kScale: return vector_.scale(x, op.number, cols, out);
     case OpKind::kSoftcap: return vector_.softcap(x, op.number, cols, out);
     case OpKind::kActivation: return vector_.activation(x, op.activation, cols, out);

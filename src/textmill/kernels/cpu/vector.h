@@ -17,6 +17,15 @@ constexpr int64_t kKeyTile = 64;    // keys of one softmax update
 constexpr int64_t kKeyRange = 512;  // keys summed on their own, then merged in order
 constexpr int64_t kQueryTile = 96;  // query vectors that share a converted tile of keys (at least one row's)
 
+// What the heads of queries or keys are divided and multiplied by before they turn; no weight: nothing.
+struct HeadNorm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;  // as long as the weight, or null
+  bool whole = false;           // one norm over all heads together
+  bool each = false;            // a head has its own part of the weight
+  bool centered = false;        // layer norm: the mean is taken away first
+};
+
 // One layer's attention (kernels/spec.py: AttentionSpec).
 struct AttentionSpec {
   int64_t heads = 0, kv_heads = 0, head_dim = 0;
@@ -27,9 +36,7 @@ struct AttentionSpec {
   const float* rope_sin = nullptr;
   int64_t rotary_half = 0;
   bool rope_interleaved = false;
-  const float* q_norm = nullptr;
-  const float* k_norm = nullptr;
-  bool q_norm_all = false, k_norm_all = false;  // the weight spans all heads
+  HeadNorm q_norm, k_norm;
   bool half_cache = true;
   int64_t block_size = 16;
 
@@ -92,6 +99,8 @@ struct VectorKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t cols, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t cols, float* out);
   void (*add)(const float* x, const float* y, int64_t cols, float* out);
+  void (*multiply)(const float* x, const float* y, int64_t cols, float* out);
+  void (*clip)(const float* x, float limit, int64_t cols, float* out);  // to -limit .. limit; NaN stays
   void (*scale)(const float* x, float factor, int64_t cols, float* out);
   void (*softcap)(const float* x, float cap, int64_t cols, float* out);
   void (*activation)(const float* x, Activation kind, int64_t cols, float* out);
