@@ -9,10 +9,13 @@ from textmill.weights.view import View
 
 
 class GatedMLP:
-    """down(act(gate(x)) * up(x)); gate and up are one product over one input. Shazeer 2020."""
+    """down(act(gate(x)) * up(x)); gate and up are one product over one input. Shazeer 2020.
 
-    def __init__(self, w: View, gate: str, up: str, down: str, activation: str) -> None:
-        self.gate_up = column(w, gate, up)
+    `up` None: the matrix `gate` holds both, one after the other.
+    """
+
+    def __init__(self, w: View, gate: str, up: str | None, down: str, activation: str) -> None:
+        self.gate_up = column(w, gate, up) if up else column(w, gate, halves=True)
         self.down = row(w, down)
         self.activation = activation
 

@@ -12,14 +12,23 @@ from textmill.weights.view import View
 # model_type → module in this package. Families share a file only where it has no branch that tells them apart.
 FAMILIES = {
     "bloom": "bloom",
+    "cohere": "cohere",
     "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
     "llama": "llama",
+    "llava_next": "llava_next",
     "mamba": "mamba",
+    "mistral": "llama",
     "opt": "opt",
     "phi": "phi",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "santacoder": "santacoder",
     "starcoder2": "starcoder2",
 }

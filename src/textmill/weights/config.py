@@ -75,6 +75,13 @@ class ModelConfig:
             raise ModelError(f"config.json: {name}: {value!r} is not a positive number")
         return None if value is None else float(value)
 
+    def number(self, name: str, default: int) -> int:
+        """A whole number of `raw`, 0 or more; ModelError if it is something else."""
+        value = self.raw.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < _LARGEST_NUMBER):
+            raise ModelError(f"config.json: {name}: {value!r} is not a whole number")
+        return default if value is None else int(value)
+
 
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a model folder (config.json, generation_config.json) or of a .gguf file."""

@@ -30,6 +30,13 @@ DEFAULTS: dict[str, Raw] = {
     "bloom": {"layer_norm_epsilon": 1e-5},
     "mpt": {"layer_norm_epsilon": 1e-5},
     "opt": {"activation_function": "relu"},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "head_dim": 128},
+    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    "gemma": {"head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 8192},
+    "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 131072},
+    "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192},
     "mamba": {"layer_norm_epsilon": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 1},
 }
 DEFAULTS["RefinedWeb"] = DEFAULTS["RefinedWebModel"] = DEFAULTS["falcon"]
@@ -112,6 +119,20 @@ def _partly_rotary(share: float) -> Callable[[Raw], Raw]:
     return rewrite
 
 
+def _gemma(raw: Raw) -> Raw:
+    """Its first files say "gelu" and mean the approximation."""
+    return {"hidden_act": "gelu_pytorch_tanh"} if raw["hidden_act"] == "gelu" else {}
+
+
+def _gemma2(raw: Raw) -> Raw:
+    return {"hidden_act": raw.get("hidden_activation", "gelu_pytorch_tanh")}
+
+
+def _gemma3(raw: Raw) -> Raw:
+    theta = {} if "rope_parameters" in raw else {"rope_theta": raw.get("rope_theta", 1e6)}
+    return _gemma2(raw) | theta
+
+
 def _baichuan(raw: Raw) -> Raw:
     """Nothing but the field's name tells rotary positions (7B) from ALiBi (13B); the vocabulary tells 2 from 1."""
     length = raw.get("max_position_embeddings")
@@ -123,7 +144,38 @@ def _baichuan(raw: Raw) -> Raw:
     }
 
 
+# Of text models inside larger ones, whose files leave out what is as in transformers' config classes.
+INNER: dict[str, Raw] = {
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+INNER_SIZES: Raw = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _with_text_config(raw: Raw) -> Raw:
+    """The fields of the text model inside stand beside the rest; `text_config` holds them in full."""
+    inner = raw.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    kind = inner.get("model_type")
+    known = INNER.get(kind) if isinstance(kind, str) else None
+    inner = in_known_names(inner if known is None else INNER_SIZES | known | inner)
+    return inner | {"model_type": raw["model_type"], "text_config": inner}
+
+
 REWRITES: dict[str, Callable[[Raw], Raw]] = {
+    "llava_next": _with_text_config,
+    "idefics2": _with_text_config,
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt_bigcode,
     "gpt_neox": _partly_rotary(0.25),
@@ -136,4 +188,7 @@ REWRITES: dict[str, Callable[[Raw], Raw]] = {
     "opt": _opt,
     "mamba": _mamba,
     "baichuan": _baichuan,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
 }

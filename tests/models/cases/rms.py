@@ -1,25 +1,116 @@
-"""Families with RMS norms and rotary positions."""
+"""Families with RMS norms and rotary positions, and Cohere; every kind of rope, each in a family that has it."""
 
 from __future__ import annotations
 
-from tests.models.parity import Case
+from typing import Any
+
+from tests.models.parity import Case, transformers_oracle
 from tests.models.tiny import sized
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+EAGER = transformers_oracle("eager")  # sdpa leaves soft caps out
+PAIRS = 8  # that turn, of heads of 16 numbers
+SHORT = [1.0 + 0.05 * i for i in range(PAIRS)]
+LONG = [1.5 + 0.4 * i for i in range(PAIRS)]
 
-CASES = [
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0} | fields
+
+
+def hub_style(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as it lies on the hub: the base beside its scaling, which is called `rope_scaling`."""
+    scaling = raw.pop("rope_parameters")
+    raw["rope_theta"] = scaling.pop("rope_theta")
+    scaling["type"] = scaling.pop("rope_type")
+    return raw if scaling["type"] == "default" else raw | {"rope_scaling": scaling}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+MSCALED = YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.4}
+LONGROPE = rope("longrope", short_factor=SHORT, long_factor=LONG)
+
+LLAMA = [
     Case("llama", "grouped", sized("llama", num_hidden_layers=3)),
     Case("llama", "multi-head", sized("llama", num_key_value_heads=4)),
     Case("llama", "one key head", sized("llama", num_key_value_heads=1)),
     Case("llama", "tied", sized("llama", tie_word_embeddings=True)),
     Case("llama", "biases", sized("llama", attention_bias=True, mlp_bias=True)),
     Case("llama", "own head_dim", sized("llama", head_dim=32)),
+    Case("llama", "rope linear", sized("llama", rope_parameters=rope("linear", factor=2.0), rewrite=hub_style)),
+    Case("llama", "rope dynamic", sized("llama", rope_parameters=rope("dynamic", factor=2.0))),
     Case("llama", "rope llama3", sized("llama", rope_parameters=LLAMA3)),
+    Case("llama", "rope yarn", sized("llama", rope_parameters=YARN, rewrite=hub_style)),
+    Case("llama", "rope yarn, own scales", sized("llama", rope_parameters=MSCALED)),
 ]
+MISTRAL = [
+    Case("mistral", "window", sized("mistral", sliding_window=24, rewrite=hub_style)),
+    Case("mistral", "own head_dim", sized("mistral", sliding_window=None, head_dim=32)),
+]
+QWEN = [
+    Case("qwen2", "biases", sized("qwen2", rewrite=hub_style)),
+    Case("qwen2", "tied", sized("qwen2", tie_word_embeddings=True)),
+    Case(
+        "qwen2",
+        "window on later layers",
+        sized("qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    ),
+    Case("qwen3", "norms of queries and keys", sized("qwen3", head_dim=32)),
+    Case("qwen3", "tied", sized("qwen3", head_dim=16, tie_word_embeddings=True)),
+]
+PHI3 = [
+    Case("phi3", "window", sized("phi3", sliding_window=24, pad_token_id=0)),
+    Case(
+        "phi3",
+        "partial, tied",
+        sized(
+            "phi3",
+            pad_token_id=0,
+            rope_parameters=rope("default", partial_rotary_factor=0.75),
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        "phi3",
+        "longrope, short",
+        sized("phi3", pad_token_id=0, original_max_position_embeddings=512, rope_parameters=LONGROPE),
+    ),
+]
+GEMMA: dict[str, Any] = {"head_dim": 32, "embedding": 0.0125, "final": 30.0, "pad_token_id": 0}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+GEMMAS = [
+    Case("gemma", "one key head", sized("gemma", num_key_value_heads=1, **GEMMA)),
+    Case("gemma", "multi-head", sized("gemma", num_key_value_heads=4, **GEMMA)),
+    Case(
+        "gemma2",
+        "caps and windows",
+        sized("gemma2", num_hidden_layers=3, sliding_window=24, query_pre_attn_scalar=20, **CAPS, **GEMMA),
+        oracle=EAGER,
+    ),
+    Case(
+        "gemma3_text",
+        "two ropes",
+        sized(
+            "gemma3_text",
+            num_hidden_layers=3,
+            sliding_window=24,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            query_pre_attn_scalar=20,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            **GEMMA,
+        ),
+    ),
+]
+COHERE = [
+    Case("cohere", "grouped", sized("cohere", logit_scale=0.5, tie_word_embeddings=True, final=4.0)),
+    Case(
+        "cohere",
+        "norms of queries and keys",
+        sized("cohere", logit_scale=0.5, use_qk_norm=True, tie_word_embeddings=True, final=4.0),
+    ),
+]
+
+CASES = LLAMA + MISTRAL + QWEN + PHI3 + GEMMAS + COHERE

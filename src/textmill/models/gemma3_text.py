@@ -1,0 +1,53 @@
+"""Gemma 3's text: Gemma 2 without caps, with norms on queries and keys and a second, local rope. Kamath et al. 2025."""
+
+from __future__ import annotations
+
+from textmill.layers.attention import Attention, qkv, window_of
+from textmill.layers.causal_lm import CausalLM
+from textmill.layers.embedding import Embedding, head
+from textmill.layers.linear import row
+from textmill.layers.mlp import GatedMLP
+from textmill.layers.norm import RMSNorm
+from textmill.layers.rotary import Rope
+from textmill.layers.types import Context, Hidden
+from textmill.weights.config import ModelConfig
+from textmill.weights.view import View
+
+
+class Block:
+    def __init__(self, c: ModelConfig, w: View, layer: int, far: Rope, near: Rope) -> None:
+        attn = w / "self_attn"
+        window = window_of(c, layer, slides=(layer + 1) % (c.number("sliding_window_pattern", 6) or 6) != 0)
+        self.norm, self.attn_norm, self.mlp_norm, self.out_norm = (
+            RMSNorm(w / f"{name}_layernorm", c.norm_eps, plus_one=True)
+            for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        )
+        self.attn = Attention(
+            c,
+            qkv(c, attn, "q_proj", "k_proj", "v_proj"),
+            row(attn, "o_proj"),
+            layer,
+            rope=near if window else far,
+            scale=(c.real("query_pre_attn_scalar") or c.head_dim) ** -0.5,
+            window=window,
+            q_norm=RMSNorm(attn / "q_norm", c.norm_eps, plus_one=True),
+            k_norm=RMSNorm(attn / "k_norm", c.norm_eps, plus_one=True),
+        )
+        self.mlp = GatedMLP(w / "mlp", "gate_proj", "up_proj", "down_proj", c.hidden_act)
+
+    def __call__(self, x: Hidden, ctx: Context) -> Hidden:
+        x = x + self.attn_norm(self.attn(self.norm(x), ctx))
+        return x + self.out_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Model(CausalLM):
+    def __init__(self, c: ModelConfig, w: View) -> None:
+        body = w / "model"
+        embed = Embedding(body / "embed_tokens", scale=c.hidden_size**0.5)
+        far, near = Rope(c), Rope(c, theta=c.rope_local_theta, stretched=False)
+        super().__init__(
+            embed=embed,
+            blocks=[Block(c, body / "layers" / str(i), i, far, near) for i in range(c.num_layers)],
+            norm=RMSNorm(body / "norm", c.norm_eps, plus_one=True),
+            head=head(w / "lm_head", embed),
+        )
