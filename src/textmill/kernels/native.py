@@ -14,12 +14,16 @@ from textmill.kernels.native_weights import NativeWeight as NativeWeight
 from textmill.kernels.native_weights import dense_weight as dense_weight
 from textmill.kernels.native_weights import ggml_supported as ggml_supported
 from textmill.kernels.native_weights import ggml_unpack as ggml_unpack
-from textmill.kernels.native_weights import module as _native
 from textmill.kernels.native_weights import pack_weight as pack_weight
 from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
 from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec
+
+try:
+    from textmill import _native
+except ImportError:  # not built: the torch reference serves
+    _native = None  # type: ignore[assignment]
 
 _ACTIVATION_NUMBERS = {
     "silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4, "sigmoid": 5, "tanh": 6, "quick_gelu": 7,

@@ -1,4 +1,4 @@
-"""Matrices in the layout of the CPU kernels, and how they are made; the native module itself, if it was built."""
+"""Matrices in the layout of the CPU kernels, and how they are made."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from textmill.kernels.spec import Array
 
 try:
-    from textmill import _native as module
+    from textmill import _native
 except ImportError:  # not built: the torch reference serves
-    module = None  # type: ignore[assignment]
+    _native = None  # type: ignore[assignment]
 
-LOADED = module is not None
+LOADED = _native is not None
 
 
 class NativeWeight:
@@ -51,13 +51,13 @@ def pack_weight(codes: Array, scales: Array, offsets: Array | None, zero: int, b
     if any(part.shape != wanted for part in parts) or k % group:
         raise ValueError(f"scales and offsets of a {n} x {k} matrix in groups of {group} must be {wanted}")
     return NativeWeight(
-        module.pack_weight(plain_codes, parts[0], parts[1] if offsets is not None else None, zero, bits, group)
+        _native.pack_weight(plain_codes, parts[0], parts[1] if offsets is not None else None, zero, bits, group)
     )
 
 
 def dense_weight(values: Array) -> NativeWeight:
     """A float matrix [n, k], kept in float32."""
-    return NativeWeight(module.dense_weight(plain(values, np.float32)))
+    return NativeWeight(_native.dense_weight(plain(values, np.float32)))
 
 
 def ggml_unpack(
@@ -68,20 +68,20 @@ def ggml_unpack(
     `kind` is ggml's type number, `blocks` any contiguous memory of bytes. ValueError if the type is not supported or
     the memory is not the right size for n x k.
     """
-    layout = module.ggml_layout(kind)
+    layout = _native.ggml_layout(kind)
     if layout is None:
         raise ValueError(f"ggml type {kind} has no native reader")
     bits, group, zero, has_offsets = layout
     codes = np.empty((n, k), np.uint8)
     scales = np.empty((n, k // group), np.float32)
     offsets = np.empty((n, k // group), np.float32) if has_offsets else None
-    module.ggml_unpack(kind, np.frombuffer(blocks, np.uint8), codes, scales, offsets)
+    _native.ggml_unpack(kind, np.frombuffer(blocks, np.uint8), codes, scales, offsets)
     return codes, scales, offsets, zero, bits, group
 
 
 def ggml_supported(kind: int) -> bool:
     """True if `ggml_unpack` reads ggml's type number `kind`."""
-    return LOADED and module.ggml_layout(kind) is not None
+    return LOADED and _native.ggml_layout(kind) is not None
 
 
 def plain(values: Array, dtype: type[np.generic]) -> NDArray[Any]:
