@@ -18,7 +18,7 @@ from textmill.kernels.rows import Unrecordable
 from textmill.layers.causal_lm import CausalLM
 from textmill.models.registry import build_model
 from textmill.runner.hub_model import load_hub_model, needs_hub_model
-from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache
+from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache, slots_that_fit
 from textmill.runner.profile import Profiler
 from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.warmup import warm_up
@@ -62,6 +62,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     missing = ""
     try:
         model = build_model(c, View(checkpoint))
+        shape = with_room(shape, model, float_bytes(checkpoint))
         executor, plan = build_executor(
             settings, model, c, shape, packed=checkpoint.packed, native=native, unread_bytes=float_bytes(checkpoint)
         )
@@ -71,11 +72,12 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
         report_fallback(settings, missing, checkpoint, report)
         checkpoint = open_checkpoint(source.path, dequantize=True)
         model = build_model(c, View(checkpoint))
+        shape = with_room(shape, model, float_bytes(checkpoint))
         executor, plan = build_executor(
             settings, model, c, shape, packed=False, native=False, unread_bytes=float_bytes(checkpoint)
         )
     report("load", "weights are in place", seconds=time.perf_counter() - started)
-    limits = limits_of(settings, c, shape, plan)
+    limits = model.memory.limited(limits_of(settings, c, shape, plan))
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     seconds = warm_up(executor, limits)
     check_all_read(checkpoint)
@@ -131,6 +133,14 @@ def shape_of(settings: Settings, c: ModelConfig) -> Shape:
     return Shape(max(CPU_STEP_ROWS, slots), slots, total, settings.max_top_n_tokens, settings.cpu_threads)
 
 
+def with_room(shape: Shape, model: CausalLM, unread_bytes: int) -> Shape:
+    """As many slots as there is memory for what a slot holds beside its blocks, which is mostly nothing."""
+    each = model.memory.bytes_per_slot(shape.max_total_tokens)
+    if not each:
+        return shape
+    return replace(shape, max_slots=slots_that_fit(shape.max_slots, each, free_memory() - unread_bytes))
+
+
 def build_executor(
     settings: Settings,
     model: CausalLM,
@@ -166,7 +176,8 @@ def build_executor(
         return executor, plan
     from textmill.runner.torch_executor import TorchExecutor, bytes_per_block
 
-    plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE), unread_bytes)
+    held = shape.max_slots * model.memory.bytes_per_slot(shape.max_total_tokens)
+    plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE), unread_bytes + held)
     eager = TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks)
     eager.weight_bytes = unread_bytes
     return eager, plan
@@ -190,6 +201,9 @@ def sized(settings: Settings, shape: Shape, bytes_per_block: int, unread_bytes: 
             f"Not enough memory: the weights take {unread_bytes / MIB:,.0f} MiB as float32, "
             f"{(free + unread_bytes) / MIB:,.0f} MiB are free"
         )
+    if not bytes_per_block:  # no layer keeps keys: blocks are numbers only, as many as could ever be wanted
+        tokens = settings.max_batch_total_tokens or shape.max_slots * shape.max_total_tokens
+        return CachePlan(-(-tokens // BLOCK_SIZE), BLOCK_SIZE, 0, free)
     return plan_cache(
         block_size=BLOCK_SIZE,
         bytes_per_block=bytes_per_block,

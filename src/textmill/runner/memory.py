@@ -60,6 +60,17 @@ def plan_cache(
     return CachePlan(blocks, block_size, bytes_per_block, free_bytes)
 
 
+def slots_that_fit(wanted: int, bytes_per_slot: int, free_bytes: int) -> int:
+    """How many of the wanted slots a share of the free memory has room for; ConfigError if not for one."""
+    fit = min(wanted, int(free_bytes * CPU_SHARE) // bytes_per_slot)
+    if fit < 1:
+        raise ConfigError(
+            f"Not enough memory for the state of a sequence: {bytes_per_slot / MIB:.0f} MiB wanted, "
+            f"{free_bytes / MIB:.0f} MiB free"
+        )
+    return fit
+
+
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take: the machine's available memory, or less where a control group says so."""
     free: list[float] = [meminfo_available(proc / "meminfo")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from textmill.kernels import recurrence, reference
 from textmill.kernels.native import NativeWeight
 from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.layers.causal_lm import CausalLM
-from textmill.layers.types import Hidden, Stored
+from textmill.layers.types import Context, Encoder, Hidden, Stored
 from textmill.quant.packed import Packed
 from textmill.runner.choosing import finish, wanted_count, wanted_rows
+from textmill.runner.pictures import Pictures
 from textmill.runner.slots import SlotTables
 
 
@@ -33,7 +34,9 @@ class EagerContext:
         tables: SlotTables,
         cache: list[tuple[Tensor, Tensor]],
         states: Sequence[Tensor] = (),
+        pictures: Pictures | None = None,
     ) -> None:
+        self._pictures = pictures or Pictures(tables.images)
         self._work = [(w.slot, w.start, w.count) for w in work]
         self._block_table = torch.from_numpy(tables.block_table)
         self._cache = cache
@@ -63,6 +66,9 @@ class EagerContext:
     def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Tensor:
         return recurrence.scan(x, dt, bc, gate, self._states[state], self._work, spec)
 
+    def place_images(self, embed: Callable[[Context], Hidden], encoder: Callable[[], Encoder]) -> Tensor:
+        return self._pictures.place(embed(self), self._work, encoder())
+
     def outputs(self, x: Hidden) -> Tensor:
         return x[self._wanted]
 
@@ -88,6 +94,7 @@ class TorchExecutor:
         self, model: CausalLM, max_slots: int, max_total_tokens: int, block_size: int, num_blocks: int
     ) -> None:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)
+        self._pictures = Pictures(self.tables.images)
         self.compute_seconds = 0.0
         self.logits = torch.empty(0)  # of the last step's wanted rows, for tests
         self.memory = model.memory
@@ -97,13 +104,14 @@ class TorchExecutor:
             for shape in ((num_blocks, s.kv_heads, block_size, s.head_dim) for s in self.memory.attention)
         ]
         self._states = [torch.zeros((max_slots, *shape)) for shape in self.memory.states]
+        self.buffer_bytes = sum(state.nbytes for state in self._states)
 
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         started = time.perf_counter()
         if self._states:
             self._clear([item.slot for item in work if item.start == 0])
-        logits = self._model(EagerContext(work, self.tables, self._cache, self._states))
+        logits = self._model(EagerContext(work, self.tables, self._cache, self._states, self._pictures))
         self.compute_seconds += time.perf_counter() - started
         self.logits = logits
         out: list[Sampled] = []
