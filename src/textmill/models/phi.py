@@ -17,8 +17,17 @@ from textmill.weights.view import View
 class Block:
     def __init__(self, c: ModelConfig, w: View, layer: int, rope: Rope) -> None:
         attn = w / "self_attn"
+        normed = c.switch("qk_layernorm", False)
         self.norm = LayerNorm(w / "input_layernorm", c.norm_eps)
-        self.attn = Attention(c, qkv(c, attn, "q_proj", "k_proj", "v_proj"), row(attn, "dense"), layer, rope=rope)
+        self.attn = Attention(
+            c,
+            qkv(c, attn, "q_proj", "k_proj", "v_proj"),
+            row(attn, "dense"),
+            layer,
+            rope=rope,
+            q_norm=LayerNorm(attn / "q_layernorm", c.norm_eps) if normed else None,
+            k_norm=LayerNorm(attn / "k_layernorm", c.norm_eps) if normed else None,
+        )
         self.mlp = MLP(w / "mlp", "fc1", "fc2", c.hidden_act)
 
     def __call__(self, x: Hidden, ctx: Context) -> Hidden:

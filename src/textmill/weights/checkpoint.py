@@ -6,6 +6,7 @@ GGUF files are read with numpy; torch is imported only for what it alone can rea
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from textmill.kernels.spec import Array
     from textmill.quant.packed import Packed
+
+
+# What old files hold beside the weights, and any code computes anew: rotary frequencies, masks, counts of positions.
+_BUFFER = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias)|position_ids)")
 
 
 class Checkpoint(ABC):
@@ -78,7 +83,7 @@ class Checkpoint(ABC):
         return self._matrix(name, rows, inputs)
 
     def unread(self) -> list[str]:
-        return [name for name in self.names() if name not in self._read]
+        return [name for name in self.names() if name not in self._read and not _BUFFER.fullmatch(name)]
 
     def leave_out(self, prefix: str) -> None:
         """The model has no use for what lies under a prefix: it is not missed."""

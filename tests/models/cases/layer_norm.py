@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tests.models.parity import Case
-from tests.models.tiny import Make, random_checkpoint, sized
+import torch
+from safetensors.torch import load_file, save_file
 
-LEARNED = "learned positions"
+from tests.models.parity import TRANSFORMERS, Case, Oracle, transformers_oracle
+from tests.models.tiny import SIZES, Make, random_checkpoint, sized
+
+EAGER = transformers_oracle("eager")
 
 # What GPT-2 and its children call their sizes.
 GPT2_SIZES: dict[str, Any] = {
@@ -21,18 +27,158 @@ GPT2_SIZES: dict[str, Any] = {
 }
 
 
+# Falcon's.
+FALCON_SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def falcon(**changes: Any) -> Make:
+    return random_checkpoint("falcon", **(FALCON_SIZES | changes))
+
+
+def quiet(model: Any) -> None:
+    """The norm of the embeddings keeps them small, or a tied model would only repeat its last token."""
+    model.transformer.word_embeddings_layernorm.weight.mul_(0.1)
+    model.transformer.word_embeddings_layernorm.bias.mul_(0.1)
+
+
+def bloom(**changes: Any) -> Make:
+    sizes = {"vocab_size": 160, "hidden_size": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    return random_checkpoint("bloom", adjust=quiet, **(sizes | changes))
+
+
+def opt(**changes: Any) -> Make:
+    sizes = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 0, "num_key_value_heads": 4}
+    return random_checkpoint("opt", **(sizes | changes))
+
+
+def respelled(
+    make: Make,
+    *,
+    config: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+) -> Make:
+    """The same checkpoint as its authors' files spell it; transformers' own lies in the folder `plain`."""
+
+    def write(folder: Path) -> None:
+        make(folder / "plain")
+        spelled = config(json.loads((folder / "plain" / "config.json").read_text()))
+        (folder / "config.json").write_text(json.dumps(spelled))
+        renamed = tensors(load_file(folder / "plain" / "model.safetensors"))
+        save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, folder / "model.safetensors")
+
+    return write
+
+
+def plain(folder: Path) -> Oracle:
+    return TRANSFORMERS(folder / "plain")
+
+
+def plain_eager(folder: Path) -> Oracle:
+    return EAGER(folder / "plain")
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def gpt2_of_old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """No prefix, and each layer's mask among the weights."""
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in range(2)}
+    return without_prefix(tensors) | masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+
+
+def santacoder(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Queries apart from key and value, all matrices of blocks transposed."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.T if ".h." in name and tensor.ndim == 2 else tensor
+        if ".c_attn." in name:
+            found[name.replace("c_attn", "q_attn")] = value[..., :64]
+            found[name.replace("c_attn", "kv_attn")] = value[..., 64:]
+        else:
+            found[name] = value
+    return found
+
+
+def santacoder_config(config: dict[str, Any]) -> dict[str, Any]:
+    own = {"model_type": "gpt2", "attention_head_type": "multiquery", "activation_function": "gelu_fast"}
+    return {key: value for key, value in config.items() if key not in ("multi_query", "num_key_value_heads")} | own
+
+
+def refined_web(model_type: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Falcon's config before transformers knew it."""
+    names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"}
+    newer = {"new_decoder_architecture", "activation", "rope_parameters", "ffn_hidden_size", "max_position_embeddings"}
+
+    def rewrite(config: dict[str, Any]) -> dict[str, Any]:
+        kept = {names.get(key, key): value for key, value in config.items() if key not in newer}
+        return kept | {"model_type": model_type}
+
+    return rewrite
+
+
 def gpt2(model_type: str = "gpt2", **changes: Any) -> Make:
     return random_checkpoint(model_type, **(GPT2_SIZES | changes))
 
 
 CASES = [
-    Case("gpt2", "plain", gpt2(), not_native=LEARNED),
-    Case("gpt2", "scaled by layer", gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=96), not_native=LEARNED),
-    Case("gpt_bigcode", "one key head", gpt2("gpt_bigcode"), not_native=LEARNED),
-    Case("gpt_bigcode", "multi-head", gpt2("gpt_bigcode", multi_query=False), not_native=LEARNED),
+    Case("gpt2", "plain", gpt2()),
+    Case("gpt2", "scaled by layer", gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=96)),
+    Case("gpt2", "old files", respelled(gpt2(), tensors=gpt2_of_old), plain),
+    Case("gpt_bigcode", "one key head", gpt2("gpt_bigcode")),
+    Case("gpt_bigcode", "multi-head", gpt2("gpt_bigcode", multi_query=False)),
+    Case(
+        "santacoder",
+        "own layout",
+        respelled(gpt2("gpt_bigcode"), config=santacoder_config, tensors=santacoder),
+        plain,
+    ),
     Case("gpt_neox", "parallel", sized("gpt_neox", num_key_value_heads=4)),
     Case("gpt_neox", "sequential", sized("gpt_neox", num_key_value_heads=4, use_parallel_residual=False)),
     Case("phi", "plain", sized("phi")),
+    Case(
+        "phi", "normed queries and keys", sized("phi", qk_layernorm=True), not_native="layer norm of queries and keys"
+    ),
     Case("starcoder2", "plain", sized("starcoder2")),
     Case("starcoder2", "window", sized("starcoder2", sliding_window=24)),
+    Case("falcon", "7b", falcon()),
+    Case("falcon", "40b", falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True)),
+    Case("falcon", "11b", falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1)),
+    Case(
+        "falcon",
+        "rw",
+        falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=8, seed=1),
+        not_native="bias of keys",
+    ),
+    Case("falcon", "RefinedWebModel", respelled(falcon(), config=refined_web("RefinedWebModel")), plain),
+    Case(
+        "falcon",
+        "RefinedWeb",
+        respelled(falcon(new_decoder_architecture=True, num_kv_heads=2), config=refined_web("RefinedWeb")),
+        plain,
+    ),
+    Case("bloom", "plain", bloom(), EAGER),
+    Case(
+        "bloom",
+        "six heads",
+        bloom(seed=3, hidden_size=48, n_head=6, apply_residual_connection_post_layernorm=True),
+        EAGER,
+    ),
+    Case("bloom", "hub names", respelled(bloom(), tensors=without_prefix), plain_eager),
+    Case("opt", "plain", opt()),
+    Case("opt", "350m", opt(seed=1, do_layer_norm_before=False, word_embed_proj_dim=32)),
+    Case("opt", "hub names", respelled(opt(), tensors=without_prefix), plain),
+    Case(
+        "galactica",
+        "no biases",
+        opt(activation_function="gelu", enable_bias=False, layer_norm_elementwise_affine=False),
+    ),
 ]
