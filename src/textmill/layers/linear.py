@@ -83,6 +83,17 @@ class Summed(Linear):
         return self.group.all_reduce(super().__call__(x))
 
 
+class Clipped(Linear):
+    """What another layer gives, but no more than `limit` and no less than -limit."""
+
+    def __init__(self, inner: Linear, limit: float) -> None:
+        super().__init__(inner.matrix, inner.bias, inner.group)
+        self.limit = limit
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return hidden(dispatch.clip(super().__call__(x), self.limit))
+
+
 def matrix(w: View, rows: Indices | None = None, inputs: range | None = None) -> Matrix:
     """The matrix `weight` under a prefix, or some rows (outputs) and inputs of it."""
     part = rows if isinstance(rows, range) else None
