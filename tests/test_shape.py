@@ -36,6 +36,7 @@ RANK = {
     "models": 5,
     "layers": 4,
     "text": 3,
+    "images": 3,
     "weights": 2,
     "attention": 1,
     "quant": 1,

@@ -15,12 +15,13 @@ class Memory:
 
     `states`: shapes of what every slot holds beside, in float32: zero when a sequence begins, then moved on by every
     token (`Context.convolve`, `Context.scan`). `encoded`: by layer number, attention over an encoder's output, whose
-    keys and values a slot holds from its admission on (`Context.attend_encoded`).
+    keys and values a slot holds from its admission on (`Context.attend_encoded`). `sees`: requests may bring images.
     """
 
     attention: tuple[AttentionSpec, ...] = ()
     states: tuple[tuple[int, ...], ...] = ()
     encoded: tuple[AttentionSpec, ...] = ()
+    sees: bool = False
 
     @property
     def forward_only(self) -> bool:
@@ -41,7 +42,7 @@ class Memory:
     def limited(self, limits: RunnerLimits) -> RunnerLimits:
         """The limits with what the engine must know of such a memory."""
         reach = self.reach if self.reach < limits.max_total_tokens else 0
-        return replace(limits, reach=reach, forward_only=self.forward_only, encodes=self.encodes)
+        return replace(limits, reach=reach, forward_only=self.forward_only, encodes=self.encodes, sees=self.sees)
 
     def bytes_per_token(self, element: int = 4) -> int:
         """Keys and values of one token in all layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from textmill.kernels.native import NativeWeight, Rows
@@ -29,6 +30,15 @@ class Stored(Protocol):
     def form_for(self, x: Hidden | None) -> NativeWeight | Packed | Array: ...
 
 
+class Encoder(Protocol):
+    """A vision tower: pixels [tiles, 3, height, width] and the picture's (height, width) to features [tokens, columns].
+
+    ValueError for pixels that it cannot read.
+    """
+
+    def __call__(self, pixels: Tensor, size: tuple[int, int], /) -> Tensor: ...
+
+
 class Context(Protocol):
     """A step as layers see it. Eager contexts compute, a recording one writes the operation down."""
 
@@ -46,6 +56,9 @@ class Context(Protocol):
 
     def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Hidden:
         """x, dt [rows, channels], bc [rows, b | c], gated by the last columns of `gate`: [rows, channels]."""
+
+    def place_images(self, embed: Callable[[Context], Hidden], encoder: Callable[[], Encoder]) -> Hidden:
+        """What `embed` makes of the step's tokens, with an image's features in the rows that stand for it."""
 
     def outputs(self, x: Hidden) -> Hidden:
         """Only the rows whose next token is wanted."""

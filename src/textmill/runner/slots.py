@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from textmill.core import Admission, Sampling, Step
+from textmill.core import Admission, Image, Sampling, Step
 
 
 class Tables(Protocol):
@@ -51,6 +51,13 @@ class SlotTables:
         self.seed = column(np.uint64)
         self.top_n = column(np.int32)
         self.prompt_logprobs = column(np.uint8)
+        self.images: dict[int, tuple[Image, ...]] = {}  # of slots that show any
+
+    def show(self, step: Step) -> None:
+        """Which images the slots show from this step on."""
+        for slot in (*step.releases, *(admission.slot for admission in step.admissions)):
+            self.images.pop(slot, None)
+        self.images.update((one.slot, one.images) for one in step.admissions if one.images)
 
 
 def apply(step: Step, tables: Tables) -> None:
@@ -59,6 +66,8 @@ def apply(step: Step, tables: Tables) -> None:
         tables.length[slot] = 0
     for admission in step.admissions:
         admit(admission, tables)
+    if isinstance(tables, SlotTables):  # others belong to models that see nothing
+        tables.show(step)
     for slot, first, blocks in step.blocks:
         tables.block_table[slot, first : first + len(blocks)] = blocks
     for item in step.work:
