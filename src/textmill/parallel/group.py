@@ -12,6 +12,10 @@ from textmill.errors import ConfigError
 Value = TypeVar("Value")
 
 
+class RankLost(Exception):
+    """Another rank is gone or does not answer: nothing can be computed any more. Says what was noticed."""
+
+
 class Group:
     """This process's place among `size` ranks. The default is alone: it holds everything and has nothing to add."""
 

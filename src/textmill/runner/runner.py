@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from textmill.core import RunnerLimits, Sampled, SlotWork, Step, StepResult
+from textmill.parallel.group import RankLost
 from textmill.runner.profile import Profiler
 from textmill.runner.slots import Tables, apply
 
@@ -49,6 +50,7 @@ class LocalRunner:
         self._profiler = profiler
         self._executor = executor
         self._lost: set[int] = set()
+        self._alive = True
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
         self._results: SimpleQueue[StepResult | Exception] = SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
@@ -57,7 +59,7 @@ class LocalRunner:
     @property
     def alive(self) -> bool:
         """False once no later step can succeed."""
-        return self._thread.is_alive()
+        return self._alive and self._thread.is_alive()
 
     def submit(self, step: Step) -> None:
         self._steps.put(step)
@@ -79,6 +81,9 @@ class LocalRunner:
         while (step := self._steps.get()) is not None:
             try:
                 self._results.put(self._run(step))
+            except RankLost as error:
+                self._alive = False
+                self._results.put(error)
             except Exception as error:  # noqa: BLE001 - the boundary: one broken step must not end the thread
                 self._lost.update(item.slot for item in step.work)
                 self._results.put(error)

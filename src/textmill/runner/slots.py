@@ -52,6 +52,7 @@ class SlotTables:
         self.top_n = column(np.int32)
         self.prompt_logprobs = column(np.uint8)
         self.images: dict[int, tuple[Image, ...]] = {}  # of slots that show any
+        self.told: list[Step] | None = None  # what other ranks have yet to apply to their tables
 
     def show(self, step: Step) -> None:
         """Which images the slots show from this step on."""
@@ -68,6 +69,8 @@ def apply(step: Step, tables: Tables) -> None:
         admit(admission, tables)
     if isinstance(tables, SlotTables):  # others belong to models that see nothing
         tables.show(step)
+        if tables.told is not None:
+            tables.told.append(step)
     for slot, first, blocks in step.blocks:
         tables.block_table[slot, first : first + len(blocks)] = blocks
     for item in step.work:

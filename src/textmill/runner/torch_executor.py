@@ -108,12 +108,7 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
-        started = time.perf_counter()
-        if self._states:
-            self._clear([item.slot for item in work if item.start == 0])
-        logits = self._model(EagerContext(work, self.tables, self._cache, self._states, self._pictures))
-        self.compute_seconds += time.perf_counter() - started
-        self.logits = logits
+        self.logits = logits = self.compute(work)
         out: list[Sampled] = []
         row = 0
         for item in work:
@@ -121,6 +116,16 @@ class TorchExecutor:
             out.append(finish(item, logits[row : row + rows], self.tables))
             row += rows
         return out
+
+    @torch.inference_mode()
+    def compute(self, work: Sequence[SlotWork]) -> Tensor:
+        """The logits of the wanted rows: [rows, vocabulary]; no token is chosen."""
+        started = time.perf_counter()
+        if self._states:
+            self._clear([item.slot for item in work if item.start == 0])
+        logits = self._model(EagerContext(work, self.tables, self._cache, self._states, self._pictures))
+        self.compute_seconds += time.perf_counter() - started
+        return logits
 
     def _clear(self, slots: list[int]) -> None:
         """Sequences that begin: whatever the slots held before is of no meaning to them."""

@@ -1,0 +1,70 @@
+"""Ranks that are processes, joined by torch.distributed: gloo on the CPU, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as distributed
+from torch._C._distributed_c10d import FileStore
+
+from textmill.kernels.rows import Rows, Unrecordable
+from textmill.parallel.group import Group, RankLost
+
+Value = TypeVar("Value")
+
+
+class Ranks(Group):
+    """One of `size` processes that meet at a file, which only they may open; the constructor waits for all of them.
+
+    `seconds` bound the meeting and every exchange; RankLost when one takes longer or another rank is gone.
+    """
+
+    def __init__(self, rank: int, size: int, meeting: Path, *, seconds: float = 60.0, device: str = "cpu") -> None:
+        self.rank = rank
+        self.size = size
+        # Ranks are processes of one machine; gloo would listen where the host's name points, and it asks for no key.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if device == "cuda" else "gloo"  # NCCL: untested
+        limit = timedelta(seconds=seconds)
+        try:
+            store = FileStore(str(meeting), size)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        except RuntimeError as error:
+            raise RankLost(f"rank {rank} does not find the others: {first_line(error)}") from error
+
+    def all_reduce(self, x: Value) -> Value:
+        values = tensor_of(x, "sum over ranks")
+        try:
+            distributed.all_reduce(values)
+        except RuntimeError as error:
+            raise RankLost(f"rank {self.rank} hears nothing from another one: {first_line(error)}") from error
+        return cast(Value, values)
+
+    def gather(self, x: Value) -> Value:
+        own = tensor_of(x, "exchange between ranks")
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            distributed.all_gather(parts, own)
+        except RuntimeError as error:
+            raise RankLost(f"rank {self.rank} hears nothing from another one: {first_line(error)}") from error
+        return cast(Value, torch.cat(parts, dim=-1))
+
+    def close(self) -> None:
+        distributed.destroy_process_group()
+
+
+def tensor_of(x: object, operation: str) -> torch.Tensor:
+    if isinstance(x, Rows):
+        raise Unrecordable(operation)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"ranks exchange tensors, not {type(x).__name__}")
+    return x.contiguous()
+
+
+def first_line(error: Exception) -> str:
+    """Backends add a stack of their own."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
