@@ -46,20 +46,25 @@ ROOMY = SLOTS * TOTAL // BLOCK
 Oracle = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 
 
+def load(folder: Path, attention: str = "sdpa", model_class: Any = AutoModelForCausalLM) -> Any:
+    """Transformers' own model of a checkpoint."""
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def logits_from(model: Any) -> Oracle:
+    """The oracle that a transformers model is: prompt and continuation in one pass, without a cache."""
+
+    def logits(prompt: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            found = model(torch.tensor([[*prompt, *continuation]]), use_cache=False).logits
+        return found[0, len(prompt) - 1 :].float()
+
+    return logits
+
+
 def transformers_oracle(attention: str = "sdpa", model_class: Any = AutoModelForCausalLM) -> Callable[[Path], Oracle]:
-    """What loads transformers' own model of the checkpoint; "eager" where sdpa leaves something out (soft caps)."""
-
-    def load(folder: Path) -> Oracle:
-        model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
-
-        def logits(prompt: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
-            with torch.inference_mode():
-                found = model(torch.tensor([[*prompt, *continuation]]), use_cache=False).logits
-            return found[0, len(prompt) - 1 :].float()
-
-        return logits
-
-    return load
+    """What loads that; "eager" where sdpa leaves something out (soft caps)."""
+    return lambda folder: logits_from(load(folder, attention, model_class))
 
 
 TRANSFORMERS = transformers_oracle()

@@ -58,6 +58,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32" or not native)
     c = checkpoint.config
     shape = shape_of(settings, c)
+    c = replace(c, max_total_tokens=shape.max_total_tokens)
     report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
     missing = ""
     try:
@@ -125,10 +126,8 @@ def uses_native(settings: Settings) -> bool:
 
 def shape_of(settings: Settings, c: ModelConfig) -> Shape:
     total = settings.max_total_tokens or c.max_position_embeddings
-    if total > c.max_position_embeddings:
-        raise ConfigError(
-            f"`max_total_tokens`({total}) must be <= the model's context of {c.max_position_embeddings} tokens"
-        )
+    if total > c.context:
+        raise ConfigError(f"`max_total_tokens`({total}) must be <= the model's context of {c.context} tokens")
     slots = min(settings.max_batch_size or settings.max_concurrent_requests, 1024)
     return Shape(max(CPU_STEP_ROWS, slots), slots, total, settings.max_top_n_tokens, settings.cpu_threads)
 

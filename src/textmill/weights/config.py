@@ -13,7 +13,6 @@ from typing import Any
 from textmill.errors import ModelError
 from textmill.weights.families import in_known_names
 from textmill.weights.gguf import GgufFile
-from textmill.weights.gguf_names import family_of
 
 _LARGEST_JSON = 64 << 20
 _LARGEST_NUMBER = 1 << 31
@@ -59,6 +58,22 @@ class ModelConfig:
         """Tokens of the longest sequence that will be served: positions that tables must hold."""
         return self.max_total_tokens or self.max_position_embeddings
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that the model can be served with: more than it says where its rope stretches.
+
+        It says what yarn was trained on, and up to where a dynamic rope is not stretched.
+        """
+        scaling = self.rope_scaling or {}
+        reach = {
+            "dynamic": self.max_position_embeddings,
+            "yarn": scaling.get("original_max_position_embeddings", self.max_position_embeddings),
+        }.get(str(scaling.get("rope_type")))
+        factor = scaling.get("factor")
+        if not isinstance(reach, int) or not isinstance(factor, int | float) or not 1 <= factor < 1e4:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(reach * factor))
+
     def switch(self, name: str, default: bool) -> bool:
         """A yes-or-no field of `raw`; ModelError if it is something else."""
         value = self.raw.get(name)
@@ -87,16 +102,22 @@ def read_config(path: str | Path) -> ModelConfig:
     """The config of a model folder (config.json, generation_config.json) or of a .gguf file."""
     path = Path(path)
     if path.suffix == ".gguf":
+        from textmill.weights.gguf_config import config_from_gguf
+
         return config_from_gguf(GgufFile(path))
     return config_from_folder(path)
 
 
 def config_from_folder(folder: Path) -> ModelConfig:
     """Reads `config.json` of hub files and of transformers 5, and the end tokens of `generation_config.json`."""
-    raw = in_known_names(read_json(folder / "config.json"))
-    generation = folder / "generation_config.json"
+    path, generation = folder / "config.json", folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    fields = _Fields(raw, folder / "config.json")
+    return config_of(in_known_names(read_json(path)), path, eos)
+
+
+def config_of(raw: dict[str, Any], path: Path, eos: Any = None) -> ModelConfig:
+    """The fields of a config.json, of `path` as errors call it; `eos`: end tokens that go before its own."""
+    fields = Fields(raw, path)
     heads = fields.number("num_attention_heads", "n_head", "n_heads")
     hidden = fields.number("hidden_size", "n_embd", "d_model")
     head_dim = fields.number("head_dim", default=hidden // heads)
@@ -129,54 +150,9 @@ def config_from_folder(folder: Path) -> ModelConfig:
     )
 
 
-def config_from_gguf(file: GgufFile) -> ModelConfig:
-    """Reads GGUF metadata (`llama.embedding_length` and so on) of an architecture that `gguf_names` knows."""
-    family = family_of(file)
-    fields = _Fields(file.metadata, file.path, prefix=f"{family.architecture}.")
-    hidden, heads = fields.number("embedding_length"), fields.number("attention.head_count")
-    head_dim = fields.number("attention.key_length", default=hidden // heads)
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    vocabulary = len(tokens) if isinstance(tokens, list) and tokens else None
-    return ModelConfig(
-        model_type=family.model_type,
-        hidden_size=hidden,
-        num_layers=fields.number("block_count"),
-        heads=heads,
-        kv_heads=fields.number("attention.head_count_kv", default=heads),
-        head_dim=head_dim,
-        intermediate_size=fields.number("feed_forward_length"),
-        norm_eps=fields.real("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", default=1e-5),
-        rope_theta=fields.real("rope.freq_base", default=10000.0),
-        rope_local_theta=fields.real("rope.freq_base_swa", default=10000.0),
-        rope_scaling=_gguf_rope_scaling(fields),
-        rotary_dim=fields.number("rope.dimension_count", default=head_dim),
-        max_position_embeddings=fields.number("context_length"),
-        vocab_size=fields.number("vocab_size", default=vocabulary),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        hidden_act=family.hidden_act,
-        sliding_window=fields.optional_number("attention.sliding_window") or None,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        bos_token_id=_token_id(file, "tokenizer.ggml.bos_token_id"),
-        eos_token_ids=gguf_eos_ids(file),
-        torch_dtype="float32",
-        raw={key: value for key, value in file.metadata.items() if not isinstance(value, list)},
-    )
-
-
-def gguf_eos_ids(file: GgufFile) -> tuple[int, ...]:
-    """The ids that end a generation: end of sequence, and end of turn and of message where the file names them."""
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = [_token_id(file, f"tokenizer.ggml.{key}") for key in keys]
-    return tuple(dict.fromkeys(number for number in found if number is not None))
-
-
-def _token_id(file: GgufFile, key: str) -> int | None:
-    return _Fields(file.metadata, file.path).optional_number(key)
-
-
 def token_ids(value: Any, path: Path, name: str) -> tuple[int, ...]:
     """A field that holds one id, a list of ids, or nothing."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    values = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
     if not all(type(number) is int and 0 <= number < _LARGEST_NUMBER for number in values):
         raise ModelError(f"{path}: {name}: {value!r} is not a token id or a list of them")
     return tuple(dict.fromkeys(values))
@@ -195,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Fields:
+class Fields:
     """Typed look-ups under alternative names; null counts as missing."""
 
     def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
@@ -253,7 +229,7 @@ class _Fields:
         return value
 
 
-def _rope_parameters(raw: dict[str, Any], fields: _Fields) -> dict[str, Any]:
+def _rope_parameters(raw: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """The rotary settings of either style as one dict; `rope_type` is always there ("default" for plain)."""
     _, value = fields.find(("rope_parameters", "rope_scaling"))
     if value is None:
@@ -274,7 +250,7 @@ def _rope_parameters(raw: dict[str, Any], fields: _Fields) -> dict[str, Any]:
     return found
 
 
-def _layer_types(raw: dict[str, Any], fields: _Fields) -> tuple[str, ...]:
+def _layer_types(raw: dict[str, Any], fields: Fields) -> tuple[str, ...]:
     """A kind per layer ("full_attention", "sliding_attention", …), or nothing where the config has no such list."""
     value = raw.get("layer_types")
     if value is None:
@@ -285,18 +261,7 @@ def _layer_types(raw: dict[str, Any], fields: _Fields) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _sliding_window(raw: dict[str, Any], fields: _Fields) -> int | None:
+def _sliding_window(raw: dict[str, Any], fields: Fields) -> int | None:
     if raw.get("use_sliding_window") is False:
         return None
     return fields.optional_number("sliding_window") or None
-
-
-def _gguf_rope_scaling(fields: _Fields) -> dict[str, Any] | None:
-    kind = fields.text("rope.scaling.type", default="none")
-    if kind == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.real("rope.scaling.factor", default=1.0)}
-    original = fields.optional_number("rope.scaling.original_context_length")
-    if original:
-        scaling["original_max_position_embeddings"] = original
-    return scaling

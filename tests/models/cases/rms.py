@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tests.models.parity import Case, transformers_oracle
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tests.models.parity import Case, Oracle, load, logits_from, transformers_oracle
 from tests.models.tiny import sized
 
 EAGER = transformers_oracle("eager")  # sdpa leaves soft caps out
@@ -23,6 +27,15 @@ def hub_style(raw: dict[str, Any]) -> dict[str, Any]:
     raw["rope_theta"] = scaling.pop("rope_theta")
     scaling["type"] = scaling.pop("rope_type")
     return raw if scaling["type"] == "default" else raw | {"rope_scaling": scaling}
+
+
+def always_long(folder: Path) -> Oracle:
+    """Transformers with the long factors from the first token on, as a server of longer sequences has them."""
+    model = load(folder)
+    config, turning = model.config, model.model.rotary_emb
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=config.max_position_embeddings)
+    turning.original_inv_freq.copy_(long)
+    return logits_from(model)
 
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -74,6 +87,12 @@ PHI3 = [
         "phi3",
         "longrope, short",
         sized("phi3", pad_token_id=0, original_max_position_embeddings=512, rope_parameters=LONGROPE),
+    ),
+    Case(
+        "phi3",
+        "longrope, long",
+        sized("phi3", pad_token_id=0, original_max_position_embeddings=64, rope_parameters=LONGROPE),
+        oracle=always_long,
     ),
 ]
 GEMMA: dict[str, Any] = {"head_dim": 32, "embedding": 0.0125, "final": 30.0, "pad_token_id": 0}
