@@ -154,7 +154,6 @@ def test_gguf_rows_come_back_to_half_split_order(tmp_path: Path) -> None:
         ({"token_embd.weight": (16, (1, 256), bytes(66))}, {}, "token_embd.weight: .*IQ2_XXS"),
         ({"blk.0.attn_q.weight": floats(np.ones((12, 4), np.float32))}, {}, "blk.0.attn_q.weight: 12 rows"),
         ({}, {"general.architecture": "unheard-of"}, "general.architecture: 'unheard-of'"),
-        ({}, {"llama.expert_count": 8}, "llama.expert_count"),
         ({}, {"split.count": 2}, "split.count"),
         ({}, {"llama.block_count": 0}, "llama.block_count"),
         ({}, {"llama.attention.head_count": "4"}, "llama.attention.head_count"),

@@ -12,8 +12,9 @@ import tokenizers
 
 from textmill.errors import ModelError
 from textmill.text import gguf_tokenizer
-from textmill.weights.config import gguf_eos_ids, read_json, token_ids
+from textmill.weights.config import read_json, token_ids
 from textmill.weights.gguf import GgufFile
+from textmill.weights.gguf_config import gguf_eos_ids
 
 
 class Encoding:

@@ -11,15 +11,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from textmill.errors import ModelError
-from textmill.quant.ggml_types import GGML_TYPES
-from textmill.weights.config import ModelConfig, config_from_folder, config_from_gguf, read_json
-from textmill.weights.gguf import GgufFile, GgufTensor
-from textmill.weights.gguf_names import family_of, hugging_face_name, permuted_heads
-from textmill.weights.stretches import Indices, composed, stretches
+from textmill.weights.config import ModelConfig, config_from_folder, read_json
+from textmill.weights.stretches import Indices, stretches
 from textmill.weights.view import View
 
 if TYPE_CHECKING:
@@ -102,113 +96,12 @@ def open_checkpoint(path: str | Path, *, dequantize: bool = False) -> Checkpoint
     """Opens a folder of safetensors or a .gguf file. `dequantize`: `matrix` gives float32 too (the float path)."""
     path = Path(path)
     if path.suffix == ".gguf":
+        from textmill.weights.gguf_checkpoint import GgufCheckpoint
+
         return GgufCheckpoint(path, dequantize=dequantize)
     if not path.is_dir():
         raise ModelError(f"{path}: neither a folder nor a .gguf file")
     return SafetensorsCheckpoint(path)
-
-
-class GgufCheckpoint(Checkpoint):
-    """One .gguf file; llama.cpp's names and row orders are put right on the way."""
-
-    def __init__(self, path: Path, *, dequantize: bool = False) -> None:
-        self.file = GgufFile(path)
-        if self.file.metadata.get("split.count", 1) not in (0, 1):
-            raise ModelError(f"{path}: split.count: split files are not supported; join them with llama-gguf-split")
-        super().__init__(path, config_from_gguf(self.file))
-        self._family = family_of(self.file)
-        self._dequantize = dequantize
-        self._tensors: dict[str, GgufTensor] = {}
-        for name, tensor in self.file.tensors.items():
-            renamed = hugging_face_name(self._family, name)
-            if renamed in self._tensors:
-                raise ModelError(f"{path}: {name}: another tensor is called {renamed} already")
-            self._tensors[renamed] = tensor
-
-    @property
-    def packed(self) -> bool:
-        from textmill.quant import ggml
-
-        return not self._dequantize and any(ggml.can_pack(t.ggml_type) for t in self._tensors.values())
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        self._known(name)
-        return self._tensors[name].shape
-
-    def _index(self) -> dict[str, Any]:
-        return self._tensors
-
-    def _tensor(self, name: str, rows: Indices | None, inputs: Indices | None) -> NDArray[np.float32]:
-        from textmill.quant import ggml
-
-        tensor = self._tensors[name]
-        if not ggml.can_read(tensor.ggml_type):
-            kind = GGML_TYPES[tensor.ggml_type].name
-            raise ModelError(f"{self.path}: {tensor.name}: tensors of type {kind} are not supported")
-        pieces, order = self._places(tensor, rows)
-        shape = tensor.shape[1:]
-        read = [ggml.dequantize(tensor.ggml_type, self._bytes(tensor, p), (len(p), *shape)) for p in pieces]
-        values = read[0] if len(read) == 1 else np.concatenate(read)
-        values = values if order is None else values[order]
-        if inputs is None:
-            return values
-        return np.ascontiguousarray(values[:, as_slice(inputs) if isinstance(inputs, range) else inputs])
-
-    def _matrix(self, name: str, rows: Indices | None, inputs: Indices | None) -> Packed | Array:
-        from textmill.quant import ggml
-        from textmill.quant.packed import Packed
-
-        tensor = self._tensors[name]
-        if self._dequantize or len(tensor.shape) != 2 or not ggml.can_pack(tensor.ggml_type):
-            return self._tensor(name, rows, inputs)
-        if inputs is not None and not isinstance(inputs, range):
-            raise ModelError(f"{self.path}: {tensor.name}: inputs of a packed matrix cannot be put in another order")
-        pieces, order = self._places(tensor, rows)
-        read = [self._unpack(tensor, piece, inputs or range(tensor.shape[1])) for piece in pieces]
-        packed = read[0] if len(read) == 1 else Packed.join(read)
-        return packed if order is None else packed.take(order)
-
-    def _places(self, tensor: GgufTensor, rows: Indices | None) -> tuple[list[range], NDArray[np.int64] | None]:
-        """The stored rows to read for these rows of the tensor, and which of them to take."""
-        wanted = composed(self._row_order(tensor), rows)
-        return stretches(range(tensor.shape[0]) if wanted is None else wanted)
-
-    def _bytes(self, tensor: GgufTensor, rows: range) -> NDArray[np.uint8]:
-        data = self.file.data(tensor.name)
-        width = data.size // tensor.shape[0]
-        return data[rows.start * width : rows.stop * width]
-
-    def _unpack(self, tensor: GgufTensor, rows: range, inputs: range) -> Packed:
-        """Some rows and inputs of a packed matrix; whole blocks are cut as bytes, parts of them between groups."""
-        from textmill.quant import ggml
-
-        kind, data = GGML_TYPES[tensor.ggml_type], self._bytes(tensor, rows)
-        if len(inputs) == tensor.shape[1]:
-            return ggml.unpack(kind.number, data, len(rows), len(inputs))
-        first, last = inputs.start // kind.block, -(-inputs.stop // kind.block)
-        cut = np.ascontiguousarray(data.reshape(len(rows), -1, kind.bytes)[:, first:last])
-        packed = ggml.unpack(kind.number, cut.reshape(-1), len(rows), (last - first) * kind.block)
-        start = inputs.start - first * kind.block
-        if (start, start + len(inputs)) == (0, packed.shape[1]):
-            return packed
-        try:
-            return packed.cut(1, start, start + len(inputs))
-        except ValueError as error:
-            raise ModelError(f"{self.path}: {tensor.name}: {kind.name}: {error}") from error
-
-    def _row_order(self, tensor: GgufTensor) -> NDArray[np.int64] | None:
-        """The rows that bring a permuted projection back to half-split rotary order, or None if it is not one."""
-        key = permuted_heads(self._family, tensor.name)
-        if key is None:
-            return None
-        heads = self.config.kv_heads if key.endswith("head_count_kv") else self.config.heads
-        rows = tensor.shape[0]
-        if rows % (2 * heads):
-            raise ModelError(f"{self.path}: {tensor.name}: {rows} rows do not divide into {heads} heads")
-        return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 class SafetensorsCheckpoint(Checkpoint):

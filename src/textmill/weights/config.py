@@ -47,6 +47,8 @@ class ModelConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...] = ()
     attention_bias: bool
+    experts: int = 0
+    experts_per_token: int = 0
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     torch_dtype: str
@@ -143,6 +145,8 @@ def config_of(raw: dict[str, Any], path: Path, eos: Any = None) -> ModelConfig:
         sliding_window=_sliding_window(raw, fields),
         layer_types=_layer_types(raw, fields),
         attention_bias=bool(fields.switch("attention_bias", "use_bias")),
+        experts=fields.optional_number("num_local_experts") or 0,
+        experts_per_token=fields.optional_number("num_experts_per_tok") or 0,
         bos_token_id=fields.optional_number("bos_token_id"),
         eos_token_ids=token_ids(raw.get("eos_token_id") if eos is None else eos, fields.path, "eos_token_id"),
         torch_dtype=fields.text("torch_dtype", "dtype", default="float32"),
