@@ -5,11 +5,12 @@ This is the only place that asks which platform it is on. Torch is imported only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from textmill.kernels import native
-from textmill.kernels.native import NativeWeight, Rows
-from textmill.kernels.spec import Array, PackedMatrix
+from textmill.kernels.native import NativeWeight, Rows, Unrecordable
+from textmill.kernels.spec import Array, ExpertsSpec, PackedMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,27 @@ def matmul(
     from textmill.kernels import reference
 
     return reference.matmul(x, matrix, bias=bias, activation=activation, gated=gated)
+
+
+def experts(x: Values, scores: Values, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: ExpertsSpec) -> Values:
+    """The sum of the experts that each row is sent to (see ExpertsSpec): x and result [rows, k], scores [rows, experts].
+
+    Matrices per expert: `gate_up` [gate; up] and `down`; Rows take NativeWeights, tensors the other forms.
+    """
+    if isinstance(x, Rows) and isinstance(scores, Rows):
+        raise Unrecordable("mixture of experts")
+    from textmill.kernels import reference
+
+    if isinstance(x, Rows) or isinstance(scores, Rows):
+        raise TypeError("experts take tensors or recorded Rows, not both")
+    return reference.experts(x, scores, plain_forms(gate_up), plain_forms(down), spec)
+
+
+def plain_forms(matrices: Sequence[Matrix]) -> list[Array | PackedMatrix]:
+    plain = [matrix for matrix in matrices if not isinstance(matrix, NativeWeight)]
+    if len(plain) != len(matrices):
+        raise TypeError("a NativeWeight multiplies recorded Rows, not tensors")
+    return plain
 
 
 def add(x: Values, y: Values) -> Values:

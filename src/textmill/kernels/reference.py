@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from textmill.kernels.spec import ACTIVATIONS, CHUNK, Array, AttentionSpec, PackedMatrix
+from textmill.kernels.spec import ACTIVATIONS, CHUNK, Array, AttentionSpec, ExpertsSpec, PackedMatrix
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -100,6 +100,31 @@ def matmul(
     return FUNCTIONS[ACTIVATIONS[activation]](y) if activation else y
 
 
+def route(scores: torch.Tensor, spec: ExpertsSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 and numbers int64 of each row's experts, the best first: [rows, top_k] from [rows, experts]."""
+    weights, chosen = scores.float().softmax(-1).topk(spec.top_k, dim=-1)
+    if spec.norm is not None:
+        weights = weights / weights.norm(spec.norm, dim=-1, keepdim=True)
+    return weights, chosen
+
+
+def experts(
+    x: torch.Tensor,
+    scores: torch.Tensor,
+    gate_up: Sequence[Array | PackedMatrix],
+    down: Sequence[Array | PackedMatrix],
+    spec: ExpertsSpec,
+) -> torch.Tensor:
+    """Sum over a row's experts, the best first, of weight * down(act(gate(x)) * up(x)); an expert sees its rows only."""
+    weights, chosen = route(scores, spec)
+    answers = x.new_zeros(*chosen.shape, x.shape[-1])
+    for number in sorted(set(chosen.flatten().tolist())):
+        rows, ranks = (chosen == number).nonzero(as_tuple=True)
+        inner = matmul(x[rows], gate_up[number], activation=spec.activation, gated=True)
+        answers[rows, ranks] = matmul(inner, down[number])
+    return (answers * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, cos: Array, sin: Array, interleaved: bool) -> torch.Tensor:
     """Turns the first 2 * cos.shape[-1] numbers of every head of x [rows, heads, head_dim] by its position's angles."""
     half = cos.shape[-1]
@@ -114,13 +139,13 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, cos: Array, sin: Array, int
 
 
 def head_norm(x: torch.Tensor, weight: Array, bias: Array | None, spec: AttentionSpec) -> torch.Tensor:
-    """The norm of x [rows, heads, head_dim]; an RMS norm whose weight is longer than a head is over all heads."""
-    if spec.head_norm == "layer":
-        normed = F.layer_norm(x, (x.shape[-1],), eps=spec.norm_eps) * floats(weight)
-        return normed if bias is None else normed + floats(bias)
-    if len(weight) == x.shape[-1]:
+    """The norm of x [rows, heads, head_dim]; one whose weight is a vector longer than a head is over all heads."""
+    if weight.ndim == 1 and len(weight) != x.shape[-1]:
+        return head_norm(x.flatten(1), weight, bias, spec).view_as(x)
+    if spec.head_norm == "rms":
         return rms_norm(x, weight, spec.norm_eps)
-    return rms_norm(x.flatten(1), weight, spec.norm_eps).view_as(x)
+    normed = F.layer_norm(x, (x.shape[-1],), eps=spec.norm_eps) * floats(weight)
+    return normed if bias is None else normed + floats(bias)
 
 
 def split_qkv(
@@ -140,20 +165,25 @@ def split_qkv(
 
 
 def attend_one(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, spec: AttentionSpec
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, spec: AttentionSpec, first: int = 0
 ) -> torch.Tensor:
-    """Attention of queries [count, heads, head_dim] at positions start.. over all keys [tokens, kv_heads, head_dim]."""
+    """Attention of queries [count, heads, head_dim] at positions start.. over keys [tokens, kv_heads, head_dim].
+
+    `first`: the position of the first key.
+    """
     repeat = spec.heads // spec.kv_heads
     keys, values = (x.float().repeat_interleave(repeat, dim=1) for x in (keys, values))
     scores = torch.einsum("ihd,jhd->hij", q * spec.scale, keys)
     if spec.softcap > 0:
         scores = softcap(scores, spec.softcap)
     i = torch.arange(start, start + q.shape[0], device=q.device).unsqueeze(1)
-    j = torch.arange(keys.shape[0], device=q.device)
+    j = torch.arange(first, first + keys.shape[0], device=q.device)
     if spec.alibi is not None:
         scores = scores + floats(spec.alibi).view(-1, 1, 1) * (j - i)
     if spec.key_bias is not None:
-        scores = scores + floats(spec.key_bias)[:, None, : keys.shape[0]]
+        scores = scores + floats(spec.key_bias)[:, None, j]
+    if spec.relative is not None:
+        scores = scores + floats(spec.relative)[:, (i - j).clamp(0, spec.relative.shape[1] - 1)]
     hidden = (j > i) | (i - j >= spec.window) if spec.window else j > i
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
 
@@ -182,8 +212,10 @@ def attend(
         blocks = block_table[slot, positions // size].long()
         keys[blocks, :, positions % size] = k[own].to(keys.dtype)
         values[blocks, :, positions % size] = v[own].to(values.dtype)
-        everything = block_table[slot, : (start + count + size - 1) // size].long()
-        past = [x[everything].transpose(1, 2).flatten(0, 1)[: start + count] for x in (keys, values)]
-        outputs.append(attend_one(q[own], past[0], past[1], start, spec))
+        # Blocks behind the window may be another sequence's by now.
+        first = max(0, start - spec.window + 1) // size if spec.window else 0
+        read = block_table[slot, first : (start + count + size - 1) // size].long()
+        past = [x[read].transpose(1, 2).flatten(0, 1)[: start + count - first * size] for x in (keys, values)]
+        outputs.append(attend_one(q[own], past[0], past[1], start, spec, first * size))
         row += count
     return torch.cat(outputs).flatten(1).to(qkv.dtype)

@@ -64,10 +64,10 @@ class AttentionSpec:
     """Causal attention of one layer over rows q | k | v of (heads + 2 * kv_heads) * head_dim numbers.
 
     score(i, j) = softcap(scale * q_i . k_j) + alibi[head] * (j - i) + key_bias[head, j], for j <= i and, with a window,
-    i - j < window.
+    i - j < window. `relative` [heads, distances] adds relative[head, i - j], the last column for all that is further.
     Order: optional norm of q and k, rotation, store, scores. `head_norm` "rms": RMS norm of each head (weight
-    [head_dim]) or over all heads (weight [heads * head_dim]); "layer": layer norm of each head (weight [head_dim] or
-    [heads, head_dim], and biases of the same shape or None). `rope_cos`, `rope_sin`: float32
+    [head_dim]) or over all heads (weight [heads * head_dim]); "layer": layer norm, the same or with a weight for each
+    head ([heads, head_dim]), biases of the same shape or None. `rope_cos`, `rope_sin`: float32
     [positions, rotary_dim / 2]; the first rotary_dim numbers of a head turn, as halves (NeoX) or, if
     `rope_interleaved`, as neighbouring pairs.
     """
@@ -80,6 +80,7 @@ class AttentionSpec:
     softcap: float = 0.0
     alibi: Array | None = None
     key_bias: Array | None = None
+    relative: Array | None = None
     rope_cos: Array | None = None
     rope_sin: Array | None = None
     rope_interleaved: bool = False
@@ -112,3 +113,16 @@ class ScanSpec:
 
     a: Array
     skip: Array
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of gated experts: each row goes to the `top_k` whose scores are highest.
+
+    Their weights are the softmax over all experts' scores, divided by the chosen ones' `norm`-norm (1: they then sum to
+    one; None: left as they are).
+    """
+
+    top_k: int
+    activation: str
+    norm: float | None = 1.0

@@ -11,8 +11,10 @@ from textmill.weights.view import View
 
 # model_type → module in this package. Families share a file only where it has no branch that tells them apart.
 FAMILIES = {
+    "baichuan": "baichuan",
     "bloom": "bloom",
     "cohere": "cohere",
+    "dbrx": "dbrx",
     "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -24,6 +26,8 @@ FAMILIES = {
     "llava_next": "llava_next",
     "mamba": "mamba",
     "mistral": "llama",
+    "mixtral": "mixtral",
+    "mpt": "mpt",
     "opt": "opt",
     "phi": "phi",
     "phi3": "phi3",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from textmill.errors import ModelError
+
 Raw = dict[str, Any]
 
 
@@ -28,6 +30,7 @@ DEFAULTS: dict[str, Raw] = {
     "starcoder2": {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"},
     "falcon": {"layer_norm_epsilon": 1e-5, "activation": "gelu", "multi_query": True},
     "bloom": {"layer_norm_epsilon": 1e-5},
+    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     "mpt": {"layer_norm_epsilon": 1e-5},
     "opt": {"activation_function": "relu"},
     "qwen2": {"use_sliding_window": False},
@@ -84,6 +87,8 @@ def _mpt(raw: Raw) -> Raw:
     attention = attention if isinstance(attention, dict) else {}
     single = attention.get("attn_type") == "multiquery_attention"
     ratio, width, scale = raw.get("expansion_ratio", 4), raw.get("d_model"), raw.get("logit_scale")
+    if attention.get("rope"):
+        raise ModelError("config.json: attn_config.rope: MPT with rotary positions is not supported")
     if not isinstance(width, int) or not isinstance(ratio, int | float):
         return {"intermediate_size": ratio}  # not a size: the reader says so
     names = ("alibi", "alibi_bias_max", "clip_qkv", "qk_ln", "softmax_scale")
@@ -101,6 +106,27 @@ def _mamba(raw: Raw) -> Raw:
     size, multiple = raw.get("vocab_size"), raw.get("pad_vocab_size_multiple", 1)
     whole = isinstance(size, int) and isinstance(multiple, int) and multiple > 0
     return {"model_type": "mamba", "vocab_size": -(-size // multiple) * multiple if whole else size}
+
+
+def _dbrx(raw: Raw) -> Raw:
+    """What stands in `attn_config` and `ffn_config` stands beside the rest, as others call it."""
+    attention, feed = (
+        found if isinstance(found := raw.get(name), dict) else {} for name in ("attn_config", "ffn_config")
+    )
+    norm, activation = feed.get("moe_normalize_expert_weights", 1.0), feed.get("ffn_act_fn")
+    return {
+        "clip_qkv": attention.get("clip_qkv"),
+        "num_key_value_heads": attention.get("kv_n_heads"),
+        "rope_theta": attention.get("rope_theta", 10000.0),
+        "max_position_embeddings": raw.get("max_seq_len", raw.get("max_position_embeddings")),
+        "layer_norm_eps": 1e-5,
+        "intermediate_size": feed.get("ffn_hidden_size"),
+        "hidden_act": activation.get("name", "silu") if isinstance(activation, dict) else "silu",
+        "num_local_experts": feed.get("moe_num_experts"),
+        "num_experts_per_tok": feed.get("moe_top_k"),
+        "moe_normalize_expert_weights": norm,
+        "plain_expert_weights": norm is None,
+    }
 
 
 def _opt(_: Raw) -> Raw:
@@ -185,6 +211,7 @@ REWRITES: dict[str, Callable[[Raw], Raw]] = {
     "RefinedWebModel": _falcon,
     "bloom": _bloom,
     "mpt": _mpt,
+    "dbrx": _dbrx,
     "opt": _opt,
     "mamba": _mamba,
     "baichuan": _baichuan,
