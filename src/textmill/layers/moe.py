@@ -63,11 +63,13 @@ def fused_experts(w: View, count: int, gate_up: str, down: str) -> Experts:
 
     def up_of(number: int) -> Canonical:
         stored: NDArray[np.float32] = plain(w.tensor(gate_up, range(number, number + 1))[0], np.float32)
-        return stored[both]
+        part: NDArray[np.float32] = stored[both]
+        return part
 
     def down_of(number: int) -> Canonical:
         stored: NDArray[np.float32] = plain(w.tensor(down, range(number, number + 1))[0], np.float32)
-        return stored[:, inner]
+        part: NDArray[np.float32] = stored[:, inner]
+        return part
 
     return Experts(
         [Matrix(w.path(gate_up), partial(up_of, number)) for number in range(count)],
