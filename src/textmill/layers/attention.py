@@ -130,6 +130,7 @@ def part_of(whole: AttentionSpec, group: Group) -> AttentionSpec:
         kv_heads=len(keys),
         alibi=None if whole.alibi is None else whole.alibi[queries.start : queries.stop],
         key_bias=None if whole.key_bias is None else whole.key_bias[queries.start : queries.stop],
+        relative=None if whole.relative is None else whole.relative[queries.start : queries.stop],
         q_norm=heads_of(whole.q_norm, queries, whole),
         k_norm=heads_of(whole.k_norm, keys, whole),
         q_norm_bias=heads_of(whole.q_norm_bias, queries, whole),
@@ -141,6 +142,6 @@ def heads_of(values: Array | None, heads: range, whole: AttentionSpec) -> Array 
     """Some heads' part of a norm's numbers, where these are each head's own."""
     if values is None or values.shape == (whole.head_dim,):
         return values
-    if whole.head_norm != "layer":
+    if values.ndim == 1:
         raise ConfigError("a norm over all heads together cannot be split between ranks; use --num-shard 1")
     return values.reshape(-1, whole.head_dim)[heads.start : heads.stop]

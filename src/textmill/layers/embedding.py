@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from textmill.kernels import dispatch
-from textmill.layers.linear import Linear, Matrix, bias, matrix
+from textmill.layers.linear import Linear, Matrix, bias, matrix, unit_rows
 from textmill.layers.types import Context, Hidden, hidden
 from textmill.parallel.group import ALONE
 from textmill.weights.view import View
@@ -31,12 +31,16 @@ class Gathered(Linear):
         return self.group.gather(super().__call__(x))
 
 
-def head(w: View, embedding: Embedding) -> Linear:
-    """The output matrix: the checkpoint's own where it has one, else the embedding's (tied)."""
+def head(w: View, embedding: Embedding, *, normed: bool = False) -> Linear:
+    """The output matrix: the checkpoint's own where it has one, else the embedding's (tied).
+
+    `normed`: every row divided by its length.
+    """
     if not w.has("weight"):
         return Gathered(embedding.table, group=embedding.group)
     rows = part_of_vocabulary(w)
-    return Gathered(matrix(w, rows), bias([w], [rows]), ALONE if rows is None else w.group)
+    table = matrix(w, rows).changed(unit_rows) if normed else matrix(w, rows)
+    return Gathered(table, bias([w], [rows]), ALONE if rows is None else w.group)
 
 
 def part_of_vocabulary(w: View) -> range | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -45,17 +46,25 @@ class Matrix:
             self._plain = self._read()
         return self._plain
 
-    def rows(self, numbers: NDArray[np.int64]) -> Matrix:
-        """The matrix of these rows of this one, in this order."""
-        return Matrix(self.name, lambda: taken(self._read(), numbers))
+    def changed(self, change: Callable[[Canonical], Canonical]) -> Matrix:
+        """What `change` makes of this matrix when it is read; of as many rows."""
+        return Matrix(self.name, lambda: change(self._read()), self.part)
 
     def form_for(self, x: Hidden | None) -> NativeWeight | Canonical:
         """The form that multiplies rows like `x`; None stands for a recording."""
         return self.native() if x is None or isinstance(x, Rows) else self.plain()
 
 
-def taken(matrix: Canonical, rows: NDArray[np.int64]) -> Canonical:
-    return matrix.take(rows) if isinstance(matrix, Packed) else matrix[rows]
+def unit_rows(matrix: Canonical) -> Canonical:
+    """Every row divided by its length."""
+    dense = matrix.dequantize() if isinstance(matrix, Packed) else plain(matrix, np.float32)
+    factors: NDArray[np.float32] = 1 / np.linalg.norm(dense, axis=1, keepdims=True).clip(1e-12)
+    if not isinstance(matrix, Packed):
+        normed: NDArray[np.float32] = dense * factors
+        return normed
+    return replace(
+        matrix, scales=matrix.scales * factors, offsets=None if matrix.offsets is None else matrix.offsets * factors
+    )
 
 
 def to_native(matrix: Canonical) -> NativeWeight:
