@@ -5,7 +5,7 @@ from __future__ import annotations
 from textmill.layers.attention import Attention, qkv
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.embedding import Embedding, head
-from textmill.layers.linear import column, row
+from textmill.layers.linear import replicated, row
 from textmill.layers.mlp import MLP
 from textmill.layers.norm import LayerNorm
 from textmill.layers.positions import Positions
@@ -42,7 +42,7 @@ class Model(CausalLM):
         body = w / "model" / "decoder" if w.has("model.decoder.embed_tokens.weight") else w / "decoder"
         embed, positions = Embedding(body / "embed_tokens"), Positions(body / "embed_positions", FIRST_POSITION)
         narrow = body.has("project_in.weight")
-        widen, shrink = (column(body, name) if narrow else same for name in ("project_in", "project_out"))
+        widen, shrink = (replicated(body, name) if narrow else same for name in ("project_in", "project_out"))
         last = c.switch("do_layer_norm_before", True) and not c.switch("_remove_final_layer_norm", False)
         words = head(w / "lm_head", embed)
         super().__init__(
