@@ -1,8 +1,8 @@
 """What every family must pass: the logits and the greedy tokens of its oracle, however its tokens are computed.
 
 A `Case` is a tiny checkpoint and an oracle for it; the checks run it through both executors and through the whole
-engine. What they measure goes to the file that TEXTMILL_PARITY names, of which `scripts/models_page` makes
-docs/models.md; other tests (ranks, GGUF) add their columns with `record`.
+engine. What they measure goes to the file that TEXTMILL_PARITY names, of which `scripts/models_page.py` makes
+docs/models.md; other tests add their columns: `record(case, ranks=2)`, `record(case, gguf=True)`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
 from textmill.kernels import native
 from textmill.kernels.native import Program
-from textmill.models.registry import build_model
+from textmill.models.registry import FAMILIES, build_model
 from textmill.runner.native_executor import NativeExecutor
 from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.slots import apply
@@ -100,7 +100,11 @@ class Prepared:
         self.folder = folder
         case.make(folder)
         self.oracle = case.oracle(folder)
-        self.vocabulary = self.checkpoint().config.vocab_size
+        c = self.checkpoint().config
+        self.vocabulary = c.vocab_size
+        names = ("not_native", "no_prefix_cache", "no_ranks")
+        reasons = {name: reason for name in names if (reason := getattr(case, name))}
+        record(case, file=f"{FAMILIES[c.model_type]}.py", **reasons)
         self._confirmed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._prompt_logits: dict[tuple[int, ...], torch.Tensor] = {}
 
