@@ -27,8 +27,9 @@ def limits(
     max_step_tokens: int = 64,
     max_total_tokens: int = 256,
     vocab_size: int = 50,
+    reach: int = 0,
 ) -> RunnerLimits:
-    return RunnerLimits(block_size, num_blocks, max_slots, max_step_tokens, max_total_tokens, vocab_size)
+    return RunnerLimits(block_size, num_blocks, max_slots, max_step_tokens, max_total_tokens, vocab_size, reach)
 
 
 def extend(digest: int, token: int) -> int:
@@ -206,8 +207,8 @@ class ScriptedRunner:
         return chosen
 
     def _read_and_write(self, slot: Slot, start: int, end: int) -> None:
-        size = self.limits.block_size
-        for position in range(end):
+        size, reach = self.limits.block_size, self.limits.reach
+        for position in range(max(0, start - reach + 1) if reach else 0, end):
             place = (slot.blocks[position // size], position % size)
             if position >= start:
                 self._stored[place] = slot.digests[position + 1]

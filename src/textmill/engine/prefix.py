@@ -55,6 +55,13 @@ class PrefixCache:
             hits.append(entry.block)
         return hits
 
+    def look_up_all(self, sequence: Sequence) -> list[int | None]:
+        """For every full block of the sequence but one with its last token: what holds the same, if anything does."""
+        if not self._enabled or sequence.wants_prompt_logprobs:
+            return []
+        entries = [self._find(sequence, index) for index in range((len(sequence.tokens) - 1) // self._block_size)]
+        return [None if entry is None else entry.block for entry in entries]
+
     def register(self, sequence: Sequence) -> None:
         """Name every block of the sequence that is full, known and stored, as far as that is new."""
         full = sequence.settled // self._block_size

@@ -29,6 +29,7 @@ from textmill.engine.prefix import PrefixCache
 from textmill.engine.sequence import Sequence, State
 from textmill.engine.stats import Counters
 from textmill.engine.waiting import WaitingLine
+from textmill.engine.windows import Windows
 
 Event = tuple[Sequence, Emission]
 
@@ -62,6 +63,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival; all older than anyone waiting
         self.pool = BlockPool(limits.num_blocks)
         self.prefix = PrefixCache(self.pool, limits.block_size, enabled=settings.prefix_caching)
+        self._windows = Windows(self.pool, self.prefix, limits.block_size, limits.reach)
+        self._reach = limits.reach
         self._counters = counters
         self._block_size = limits.block_size
         self._budget = min(settings.max_batch_prefill_tokens or limits.max_step_tokens, limits.max_step_tokens)
@@ -91,6 +94,8 @@ class Scheduler:
         """Plan the next step; None if nothing can be computed before an earlier step comes back (or at all)."""
         if self._plans and self._drafts.wanted(self.running):
             return None  # guesses start from a token that is known
+        if self._reach:
+            self._windows.leave(self.running)
         plan = Plan(self._number + 1)
         self._plan_decodes(plan)
         self._plan_prefills(plan)
@@ -131,7 +136,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise IntegrityError if slots, blocks, order or counters contradict each other (tests call this)."""
-        self.pool.check([sequence.blocks for sequence in self.running])
+        self.pool.check([sequence.held for sequence in self.running])
         slots = sorted([s.slot for s in self.running] + self._free_slots)
         numbers = [s.number for s in self.running] + [s.number for s in self.waiting]
         if slots != list(range(self._slots)):
@@ -211,13 +216,13 @@ class Scheduler:
         """Give the head of the line a slot and its first chunk; tokens planned, 0 if it has to wait."""
         if sequence.in_flight:
             return 0  # preempted, and a token of it is still on its way
-        hits = self.prefix.look_up(sequence)
-        start = len(hits) * self._block_size
+        skipped, hits = self._windows.look_up(sequence)
+        start = (skipped + len(hits)) * self._block_size
         count = min(len(sequence.tokens) - start, budget)
-        if not self._affordable(sequence, hits, start + count):
+        if not self._affordable(sequence, hits, start, start + count):
             return 0
         self.pool.share(hits)
-        self._move_in(sequence, hits)
+        self._move_in(sequence, skipped, hits)
         plan.admissions.append(
             Admission(
                 slot=sequence.slot,
@@ -232,24 +237,25 @@ class Scheduler:
         self._add_row(plan, sequence, count, first_block=0)
         return count
 
-    def _affordable(self, sequence: Sequence, hits: list[int], end: int) -> bool:
+    def _affordable(self, sequence: Sequence, hits: list[int], start: int, end: int) -> bool:
         """Blocks for the first chunk, and one for each running sequence, which will soon ask for it.
 
         Who was preempted needs room for all its tokens, or it would be thrown out again half-way.
         """
         if self.running and sequence.residency:
-            end = len(sequence.tokens) + 1
-        needed = -(-end // self._block_size) - len(hits)
+            end = self._windows.needed(start, len(sequence.tokens) + 1, self._budget)
+        needed = -(-end // self._block_size) - start // self._block_size
         return needed + len(self.running) <= self.pool.available - self.pool.unheld(hits)
 
-    def _move_in(self, sequence: Sequence, hits: list[int]) -> None:
+    def _move_in(self, sequence: Sequence, skipped: int, hits: list[int]) -> None:
         self.waiting.leave(sequence)
         self.running.append(sequence)
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
-        sequence.blocks = hits
-        sequence.computed = sequence.settled = len(hits) * self._block_size
-        sequence.registered = len(hits)
+        sequence.blocks = [0] * skipped + hits if skipped else hits
+        sequence.left = skipped
+        sequence.registered = skipped + len(hits)
+        sequence.computed = sequence.settled = sequence.registered * self._block_size
         sequence.prompt_logprobs.clear()
         self._counters.prefix_hit_tokens += sequence.computed
         self._counters.batch_concat += len(self.running) > 1
@@ -356,7 +362,7 @@ class Scheduler:
         )
 
     def _fail(self, sequence: Sequence, text: str) -> Emission:
-        self.prefix.forget(sequence.blocks)
+        self.prefix.forget(sequence.held)
         return self._end(sequence, Emission(sequence.request.id, finish=Finish.FAILED, error=text))
 
     def _end(self, sequence: Sequence, emission: Emission) -> Emission:
@@ -378,9 +384,10 @@ class Scheduler:
     def _move_out(self, sequence: Sequence) -> None:
         """Blocks and slot are free at once: the steps in flight run before any step that reuses them."""
         self.running.remove(sequence)
-        self.pool.release(sequence.blocks)
+        self.pool.release(sequence.held)
         self._free_slots.append(sequence.slot)
         self._releases.append(sequence.slot)
         sequence.blocks = []
+        sequence.left = 0
         sequence.slot = -1
         sequence.computed = sequence.settled = 0

@@ -37,6 +37,7 @@ class Sequence:
     state: State = State.WAITING
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
+    left: int = 0  # the first so many of them are given back already (`engine.windows`)
     computed: int = 0
     settled: int = 0
     in_flight: int = 0
@@ -52,6 +53,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that are its own now."""
+        return self.blocks[self.left :] if self.left else self.blocks
 
     @property
     def planned_length(self) -> int:

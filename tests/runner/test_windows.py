@@ -1,0 +1,93 @@
+"""What lies behind a window may be anybody's: no executor lets a block there change a bit, not even one full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models.parity import EXECUTORS
+from tests.models.tiny import sized
+from textmill.core import Admission, RunnerLimits, Sampling, SlotWork, Step
+from textmill.kernels.native import Program
+from textmill.kernels.spec import KEY_TILE, AttentionSpec
+from textmill.layers.memory import Memory
+from textmill.models.registry import build_model
+from textmill.runner.native_executor import NativeExecutor
+from textmill.runner.runner import Executor
+from textmill.runner.slots import apply
+from textmill.runner.torch_executor import TorchExecutor
+from textmill.weights.checkpoint import open_checkpoint
+from textmill.weights.view import View
+
+BLOCK, TOTAL, WINDOW = 16, 320, 24
+POISON = 7  # a token whose embedding is infinite
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("window")
+    sized("mistral", sliding_window=WINDOW)(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][POISON] = torch.inf
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def executor_for(folder: Path, kind: str) -> tuple[Executor, int]:
+    checkpoint = open_checkpoint(folder)
+    model = build_model(checkpoint.config, View(checkpoint))
+    blocks = TOTAL // BLOCK + 1
+    if kind == "torch":
+        return TorchExecutor(model, 2, TOTAL, BLOCK, blocks), model.memory.reach
+    sizes = {"max_rows": 512, "max_slots": 2, "max_total_tokens": TOTAL, "block_size": BLOCK}
+    program = Program(**sizes, vocab_size=checkpoint.config.vocab_size, kv_dtype="float32", threads=2)
+    executor = NativeExecutor(model, program, "float32")
+    program.allocate(blocks)
+    return executor, model.memory.reach
+
+
+def admit(executor: Executor, slot: int, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+    admission = Admission(slot, tuple(tokens), Sampling())
+    apply(Step(0, (), (admission,), (), ((slot, 0, tuple(blocks)),)), executor.tables)
+
+
+def choices(executor: Executor, chunks: Sequence[int], steps: int, reach: int, poisoned: bool) -> list[object]:
+    """A prompt in chunks, then decode steps; before each, blocks that are out of reach become the poisoned one."""
+    prompt = np.random.default_rng(0).integers(8, 150, sum(chunks)).tolist()
+    last = TOTAL // BLOCK
+    admit(executor, 1, [POISON] * BLOCK, [last])
+    assert executor.run([SlotWork(1, 0, BLOCK, True)])[0].error
+    admit(executor, 0, prompt, range(last))
+    found: list[object] = []
+    start = 0
+    for count in (*chunks, *[1] * steps):
+        if poisoned:
+            executor.tables.block_table[0, : max(0, start - reach + 1) // BLOCK] = last
+        start += count
+        found.append(executor.run([SlotWork(0, start - count, count, start >= len(prompt))])[0])
+    return found
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+@pytest.mark.parametrize("chunks", [(37, 90, 70, 3), (200,)])
+def test_freed_blocks_are_never_read(folder: Path, kind: str, chunks: tuple[int, ...]) -> None:
+    executor, reach = executor_for(folder, kind)
+    assert reach == WINDOW + KEY_TILE - 1
+    clean = choices(executor, chunks, 100, reach, poisoned=False)
+    assert not any(getattr(one, "error", "") for one in clean)
+    executor, reach = executor_for(folder, kind)
+    assert choices(executor, chunks, 100, reach, poisoned=True) == clean
+
+
+def test_only_models_whose_every_layer_looks_back_a_window_leave_blocks() -> None:
+    windows = [AttentionSpec(heads=2, kv_heads=1, head_dim=8, scale=1.0, window=w) for w in (24, 100, 0)]
+    limits = RunnerLimits(16, 99, 4, 64, 1000, 50)
+    assert Memory(tuple(windows[:2])).limited(limits).reach == 100 + KEY_TILE - 1
+    assert Memory(tuple(windows)).limited(limits).reach == 0
+    assert Memory().limited(limits).reach == 0
+    assert Memory(tuple(windows[:2])).limited(RunnerLimits(16, 99, 4, 64, 128, 50)).reach == 0
