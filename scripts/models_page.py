@@ -120,7 +120,8 @@ def reasons_of(cases: list[Case]) -> list[str]:
     out = []
     for (family, what, reason), found in sorted(variants.items()):
         every = len(found) == sum(case["family"] == family for case in cases)
-        out.append(f"- {family}{'' if every else f' ({', '.join(found)})'}: {what}: {reason}")
+        where = "" if every else " (" + ", ".join(found) + ")"
+        out.append(f"- {family}{where}: {what}: {reason}")
     return out
 
 
