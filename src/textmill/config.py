@@ -165,6 +165,13 @@ class Settings:
     )
     disable_custom_kernels: bool = setting(False, COMPUTE, "The same as --kernels torch.")
 
+    allow_remote_images: tuple[str, ...] = setting(
+        (),
+        WEB,
+        "Hosts (HOST[:PORT][,HOST...]) that images in prompts may be fetched from; only for models that see.",
+        default_help="none: images come as data URLs",
+    )
+    max_image_fetch_size: int = setting(20_971_520, WEB, "Largest image that is fetched, in bytes.", maximum=1 << 30)
     validation_workers: int = setting(2, WEB, "Threads of each router that tokenize long prompts.")
     cors_allow_origin: tuple[str, ...] = setting(
         (), WEB, "Origin that browsers may call from; may be repeated.", default_help="any"

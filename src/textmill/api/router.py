@@ -23,6 +23,8 @@ from textmill.api.state import RouterState
 from textmill.config import Settings
 from textmill.core import EngineInfo
 from textmill.errors import Draining
+from textmill.images.load import load_sight
+from textmill.images.prompt import Sight
 from textmill.observe.router_metrics import RouterMetrics
 from textmill.text.chat import ChatTemplate
 from textmill.text.tokenizer import Tokenizer, load_tokenizer
@@ -106,18 +108,27 @@ async def run_router(
     while not Path(place.engine_socket).exists() and not (reading.done() and reading.exception()):
         await asyncio.sleep(SOCKET_PAUSE)
     tokenizer = await reading
+    sight = load_sight(model_path, tokenizer.backend, settings)
     engine = WireClient(Path(place.engine_socket))
     await engine.connect(ENGINE_WAIT)
     try:
-        state = build_state(settings, place, engine, tokenizer, await engine.info(), compute_type)
+        state = build_state(settings, place, engine, tokenizer, await engine.info(), compute_type, sight)
         engine.on_received = lambda seconds: state.metrics.step_seconds.add(seconds, ("receive",))
         await serve(state, socket.socket(fileno=place.listen_fd), place.private_socket(place.index), on_ready)
     finally:
+        if sight is not None:
+            await sight.close()
         await engine.close()
 
 
 def build_state(
-    settings: Settings, place: Place, engine: EngineClient, tokenizer: Tokenizer, info: EngineInfo, compute_type: str
+    settings: Settings,
+    place: Place,
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    info: EngineInfo,
+    compute_type: str,
+    sight: Sight | None = None,
 ) -> RouterState:
     fd = place.permits_fd
     return RouterState(
@@ -130,6 +141,7 @@ def build_state(
         permits=LocalPermits(settings.max_concurrent_requests) if fd is None else PipePermits(fd),
         compute_type=compute_type or f"{info.device or 'cpu'}+optimized",
         peers=tuple(place.private_socket(one) for one in range(settings.router_workers) if one != place.index),
+        sight=sight,
     )
 
 

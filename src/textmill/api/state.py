@@ -13,6 +13,7 @@ from textmill.api.permits import Permits
 from textmill.config import Settings
 from textmill.core import EngineInfo
 from textmill.errors import Draining, TextmillError, Unhealthy
+from textmill.images.prompt import Sight
 from textmill.observe.router_metrics import RouterMetrics
 from textmill.text.chat import ChatTemplate
 from textmill.text.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ class RouterState:
     open: set[Interruptible] = field(default_factory=set)
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     pool: ThreadPoolExecutor | None = None
+    sight: Sight | None = None  # of models that take images
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

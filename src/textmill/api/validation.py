@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from textmill.api.schema import U64_MAX, GenerateParameters
 from textmill.api.state import RouterState
 from textmill.config import Settings
-from textmill.core import Request, Sampling
+from textmill.core import Image, Request, Sampling
 from textmill.errors import InvalidRequest
+from textmill.images.prompt import after_truncation
 
 SHORT_TEXT = 2048  # characters; shorter texts are tokenized on the spot (well under a millisecond)
 SEGMENT = 1024  # rule 15 counts at most so many new tokens, as TGI does
 SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that derived seeds never meet
+IMAGE_DATA = "![](data:image/"  # other Markdown is text to a model that sees nothing, as in TGI
 FLOAT = struct.Struct("<f")
 FLOAT_MAX = 3.4028234663852886e38
 
@@ -33,6 +35,7 @@ class Prompt:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     ignore_eos: bool = False
+    images: tuple[Image, ...] = ()
 
     def seeds(self, count: int) -> list[Sampling]:
         """`count` ways to sample: the first with the prompt's own seed, the others with seeds derived from it."""
@@ -49,6 +52,7 @@ class Prompt:
             prompt_logprobs=self.prompt_logprobs,
             top_n_tokens=self.top_n_tokens,
             cache_salt=salt,
+            images=self.images,
         )
 
 
@@ -83,9 +87,7 @@ async def validate(
     truncate = numbers.truncate
     if truncate is not None and not 0 < truncate <= longest:
         raise InvalidRequest(f"`truncate` must be strictly positive and less than {longest}. Given: {truncate}")
-    ids = await tokenize(state, inputs, add_special_tokens)
-    if truncate is not None:
-        ids = ids[-truncate:]
+    ids, images = await prompt_tokens(state, inputs, add_special_tokens, truncate)
     room = _check_length(ids, numbers.max_new_tokens, state)
     if numbers.grammar is not None:
         raise InvalidRequest("grammar is not supported")
@@ -99,7 +101,26 @@ async def validate(
         top_n_tokens=numbers.top_n_tokens or 0,
         prompt_logprobs=numbers.decoder_input_details,
         ignore_eos=numbers.ignore_eos_token,
+        images=images,
     )
+
+
+async def prompt_tokens(
+    state: RouterState, text: str, add_special_tokens: bool, truncate: int | None
+) -> tuple[tuple[int, ...], tuple[Image, ...]]:
+    """The last `truncate` token ids of a prompt, and the images that some of them stand for (rule 14b)."""
+    sight = state.sight
+    if sight is None:
+        if IMAGE_DATA in text:
+            raise InvalidRequest(f"image modality is not supported: {state.info.model_type} models take text only")
+        ids = await tokenize(state, text, add_special_tokens)
+        return (ids if truncate is None else ids[-truncate:]), ()
+    shown = await sight.look(text)
+    ids = await tokenize(state, shown.text, add_special_tokens)
+    images = sight.place(shown, ids)
+    if truncate is None or truncate >= len(ids):
+        return ids, images
+    return ids[-truncate:], after_truncation(images, len(ids) - truncate)
 
 
 async def tokenize(state: RouterState, text: str, add_special_tokens: bool) -> tuple[int, ...]:
