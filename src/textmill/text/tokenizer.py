@@ -12,17 +12,22 @@ import tokenizers
 
 from textmill.errors import ModelError
 from textmill.text import gguf_tokenizer
+from textmill.text.marked_sequences import knows_marks, with_marks
 from textmill.weights.config import read_json, token_ids
 from textmill.weights.gguf import GgufFile
 from textmill.weights.gguf_config import gguf_eos_ids
 
 
 class Encoding:
-    """The tokens of one text. `ids` at once; `offsets` and `texts` are worked out only if asked for."""
+    """The tokens of one text. `ids` at once; `offsets` and `texts` are worked out only if asked for.
 
-    def __init__(self, text: str, encoding: tokenizers.Encoding) -> None:
+    `origins`: where each character that the tokenizer saw was in the text, if these are not the same.
+    """
+
+    def __init__(self, text: str, encoding: tokenizers.Encoding, origins: Sequence[int] | None = None) -> None:
         self._text = text
         self._encoding = encoding
+        self._origins = origins
         self.ids: list[int] = encoding.ids
 
     @cached_property
@@ -35,6 +40,9 @@ class Encoding:
             (0, 0) if added else place
             for place, added in zip(self._encoding.offsets, self._encoding.special_tokens_mask, strict=True)
         ]
+        if self._origins is not None:
+            origins = self._origins
+            places = [(origins[start], origins[stop - 1] + 1) if start < stop else (0, 0) for start, stop in places]
         if self._text.isascii():
             return places
         at = [0]
@@ -74,6 +82,7 @@ class Tokenizer:
         known = (*ends.eos_ids, *(() if own_eos is None else (own_eos,)))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(known))
         self._bytes: dict[int, bytes] = {}
+        self._marks = knows_marks(backend)
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +90,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Special tokens spelled out in the text are recognized, as in TGI and transformers."""
-        return Encoding(text, self.backend.encode(text, add_special_tokens=add_special_tokens))
+        seen, origins = with_marks(text) if self._marks else (text, None)
+        return Encoding(text, self.backend.encode(seen, add_special_tokens=add_special_tokens), origins)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -104,8 +104,9 @@ def _mpt(raw: Raw) -> Raw:
 def _mamba(raw: Raw) -> Raw:
     """The authors' own files name no model_type, and count the vocabulary without the rows that fill the table up."""
     size, multiple = raw.get("vocab_size"), raw.get("pad_vocab_size_multiple", 1)
-    whole = isinstance(size, int) and isinstance(multiple, int) and multiple > 0
-    return {"model_type": "mamba", "vocab_size": -(-size // multiple) * multiple if whole else size}
+    if isinstance(size, int) and isinstance(multiple, int) and multiple > 0:
+        size = -(-size // multiple) * multiple
+    return {"model_type": "mamba", "vocab_size": size}
 
 
 def _dbrx(raw: Raw) -> Raw:
