@@ -122,6 +122,17 @@ def phi3(m: Metadata, raw: Raw) -> Raw:
     return {"rope_scaling": scaling}
 
 
+def windows(m: Metadata, raw: Raw) -> Raw:
+    """Which layers have a window, where the file says it: every one but each n-th, or a list of yes and no."""
+    name, value = m.find(("attention.sliding_window_pattern",))
+    if not isinstance(value, list):
+        every = m.optional_number("attention.sliding_window_pattern")
+        return {"sliding_window_pattern": every} if every else {}
+    if len(value) != raw["num_hidden_layers"]:
+        raise m.fail(name, value, f"a list of {raw['num_hidden_layers']} switches")
+    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in value]}
+
+
 def gemma(m: Metadata, raw: Raw) -> Raw:
     return {"hidden_activation": "gelu_pytorch_tanh"}
 
@@ -141,13 +152,14 @@ def gemma2(m: Metadata, raw: Raw) -> Raw:
         "attn_logit_softcapping": m.positive("attn_logit_softcapping") or 50.0,
         "final_logit_softcapping": m.positive("final_logit_softcapping") or 30.0,
     }
-    return gemma(m, raw) | scalar_of(m, raw, 46) | caps
+    return gemma(m, raw) | windows(m, raw) | scalar_of(m, raw, 46) | caps
 
 
 def gemma3(m: Metadata, raw: Raw) -> Raw:
     local = {"rope_local_base_freq": m.real("rope.freq_base_swa", default=10000.0)}
     cap = m.positive("final_logit_softcapping")
-    return gemma(m, raw) | scalar_of(m, raw, 62) | local | ({} if cap is None else {"final_logit_softcapping": cap})
+    own = gemma(m, raw) | windows(m, raw) | scalar_of(m, raw, 62) | local
+    return own if cap is None else own | {"final_logit_softcapping": cap}
 
 
 def gpt_bigcode(m: Metadata, raw: Raw) -> Raw:
