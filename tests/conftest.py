@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.parallel.pair import Pair
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +60,12 @@ def default_model() -> Path:
     from textmill.weights.source import resolve
 
     return resolve(None).path
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two ranks, of which this process is the first."""
+    from tests.parallel.pair import Pair
+
+    with Pair(tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks

@@ -11,6 +11,8 @@ import pytest
 
 from tests.models import parity
 from tests.models.parity import EXECUTORS, Case, Prepared
+from tests.parallel.checks import check_two_ranks
+from tests.parallel.pair import Pair
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "cases")]))
 CASES: list[Case] = [case for name in MODULES for case in importlib.import_module(f"tests.models.cases.{name}").CASES]
@@ -45,4 +47,7 @@ def test_one_rank(prepared: Prepared, check: Callable[[Prepared, str], None], ki
     check(prepared, kind)
 
 
-# Two ranks: one more test of `prepared` here (skipped where `case.no_ranks` says why), recording ranks=2.
+def test_two_ranks(prepared: Prepared, pair: Pair) -> None:
+    if prepared.case.no_ranks:
+        pytest.skip(prepared.case.no_ranks)
+    check_two_ranks(prepared, pair)
