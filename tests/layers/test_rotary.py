@@ -57,7 +57,7 @@ def test_tables_are_those_of_the_longest_sequence_served(tmp_path: Path, name: s
     if name.startswith("longrope"):
         config = Phi3Config(**sizes, original_max_position_embeddings=128, rope_parameters=scaling, pad_token_id=0)
     else:
-        config = LlamaConfig(**(sizes | {"max_position_embeddings": 128}), rope_parameters=scaling)
+        config = LlamaConfig(**(sizes | {"max_position_embeddings": 128}), head_dim=64, rope_parameters=scaling)
     c = replace(written(tmp_path, config), max_total_tokens=longest)
     rope = Rope(c)
     cos, sin = expected(config, scaling["rope_type"], longest)
@@ -77,6 +77,16 @@ def test_tables_are_those_of_the_longest_sequence_served(tmp_path: Path, name: s
 def test_some_ropes_serve_more_than_the_config_says(tmp_path: Path, scaling: dict[str, Any], context: int) -> None:
     config = LlamaConfig(**SIZES, max_position_embeddings=128, rope_parameters=scaling | {"rope_theta": 1e4})
     assert written(tmp_path, config).context == context
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn"])
+def test_first_names_of_longrope(tmp_path: Path, kind: str) -> None:
+    scaling = LONGROPE | {"rope_theta": 1e4}
+    config = Phi3Config(**SIZES, original_max_position_embeddings=128, rope_parameters=scaling, pad_token_id=0)
+    c = written(tmp_path, config)
+    assert c.rope_scaling is not None
+    renamed = replace(c, rope_scaling=c.rope_scaling | {"rope_type": kind})
+    np.testing.assert_array_equal(Rope(renamed).cos, Rope(c).cos)
 
 
 def test_dynamic_rope_is_plain_up_to_the_trained_length(tmp_path: Path) -> None:

@@ -29,6 +29,25 @@ def hub_style(raw: dict[str, Any]) -> dict[str, Any]:
     return raw if scaling["type"] == "default" else raw | {"rope_scaling": scaling}
 
 
+def phi3_hub_style(raw: dict[str, Any]) -> dict[str, Any]:
+    """Phi-3's own files: what it was trained on stands outside."""
+    raw = hub_style(raw)
+    raw["original_max_position_embeddings"] = raw["rope_scaling"].pop("original_max_position_embeddings")
+    return raw
+
+
+def gemma3_hub_style(raw: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3 before transformers 5: every so many layers see everything, and a base for the others."""
+    ropes = raw.pop("rope_parameters")
+    raw.pop("layer_types")
+    return raw | {
+        "sliding_window_pattern": 3,
+        "rope_theta": ropes["full_attention"]["rope_theta"],
+        "rope_scaling": {"rope_type": "linear", "factor": ropes["full_attention"]["factor"]},
+        "rope_local_base_freq": ropes["sliding_attention"]["rope_theta"],
+    }
+
+
 def always_long(folder: Path) -> Oracle:
     """Transformers with the long factors from the first token on, as a server of longer sequences has them."""
     model = load(folder)
@@ -44,7 +63,7 @@ MSCALED = YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_al
 LONGROPE = rope("longrope", short_factor=SHORT, long_factor=LONG)
 
 LLAMA = [
-    Case("llama", "grouped", sized("llama", num_hidden_layers=3)),
+    Case("llama", "grouped", sized("llama", num_hidden_layers=3, rms_norm_eps=1e-3)),
     Case("llama", "multi-head", sized("llama", num_key_value_heads=4)),
     Case("llama", "one key head", sized("llama", num_key_value_heads=1)),
     Case("llama", "tied", sized("llama", tie_word_embeddings=True)),
@@ -91,12 +110,28 @@ PHI3 = [
     Case(
         "phi3",
         "longrope, long",
-        sized("phi3", pad_token_id=0, original_max_position_embeddings=64, rope_parameters=LONGROPE),
+        sized(
+            "phi3",
+            pad_token_id=0,
+            original_max_position_embeddings=64,
+            rope_parameters=LONGROPE,
+            rewrite=phi3_hub_style,
+        ),
         oracle=always_long,
     ),
 ]
 GEMMA: dict[str, Any] = {"head_dim": 32, "embedding": 0.0125, "final": 30.0, "pad_token_id": 0}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+GEMMA3: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 20,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    },
+}
 GEMMAS = [
     Case("gemma", "one key head", sized("gemma", num_key_value_heads=1, **GEMMA)),
     Case("gemma", "multi-head", sized("gemma", num_key_value_heads=4, **GEMMA)),
@@ -106,22 +141,8 @@ GEMMAS = [
         sized("gemma2", num_hidden_layers=3, sliding_window=24, query_pre_attn_scalar=20, **CAPS, **GEMMA),
         oracle=EAGER,
     ),
-    Case(
-        "gemma3_text",
-        "two ropes",
-        sized(
-            "gemma3_text",
-            num_hidden_layers=3,
-            sliding_window=24,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-            query_pre_attn_scalar=20,
-            rope_parameters={
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-            **GEMMA,
-        ),
-    ),
+    Case("gemma3_text", "two ropes", sized("gemma3_text", **GEMMA3, **GEMMA)),
+    Case("gemma3_text", "hub names", sized("gemma3_text", **GEMMA3, **GEMMA, rewrite=gemma3_hub_style)),
 ]
 COHERE = [
     Case("cohere", "grouped", sized("cohere", logit_scale=0.5, tie_word_embeddings=True, final=4.0)),
