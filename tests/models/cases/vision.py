@@ -1,0 +1,56 @@
+"""Models that see, given text only; tests/models/test_vision.py shows them pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForImageTextToText
+
+from tests.models.parity import Case, transformers_oracle
+from tests.models.tiny import SIZES, Make, random_checkpoint
+
+ORACLE = transformers_oracle(model_class=AutoModelForImageTextToText)
+TORCH = "pictures take the place of embeddings, which is not recorded"
+IMAGE = SIZES["vocab_size"] - 1
+CLIP: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+CHOICES = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+
+
+def text(model_type: str, **changes: Any) -> dict[str, Any]:
+    return SIZES | {"model_type": model_type} | changes
+
+
+def silent(model: Any) -> None:
+    """The image token is never the first choice: transformers would want a picture for it."""
+    model.get_output_embeddings().weight[IMAGE].zero_()
+
+
+def llava_next(text_config: dict[str, Any], **changes: Any) -> Make:
+    fields = {"image_token_index": IMAGE, "image_grid_pinpoints": CHOICES, "vision_config": CLIP}
+    return random_checkpoint(
+        "llava_next",
+        model_class=AutoModelForImageTextToText,
+        adjust=silent,
+        text_config=text_config,
+        **(fields | changes),
+    )
+
+
+CASES = [
+    Case("llava_next", "of llama", llava_next(text("llama")), ORACLE, not_native=TORCH),
+    Case(
+        "llava_next",
+        "of mistral, two layers of the tower",
+        llava_next(text("mistral", sliding_window=24), vision_feature_layer=[-2, 1], multimodal_projector_bias=False),
+        ORACLE,
+        not_native=TORCH,
+    ),
+]

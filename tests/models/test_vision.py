@@ -1,0 +1,232 @@
+"""Prompts with pictures against transformers: chunked through them, in a batch, preempted, from the prefix cache.
+
+The pictures are real ones, cut by our own code (which tests/images compares with transformers' processors).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tests.images.pictures import picture
+from tests.models.cases import vision
+from tests.models.parity import BLOCK, SLOTS, TOLERANCE, Case, record
+from textmill.core import Admission, Emission, Finish, Image, Request, RunnerLimits, Sampling, SlotWork, Step
+from textmill.engine.engine import Engine
+from textmill.engine.scheduler import EngineSettings
+from textmill.images.cutting import cut
+from textmill.images.recipe import BICUBIC, CLIP_MEAN, CLIP_STD, Recipe
+from textmill.models.registry import build_model
+from textmill.runner.runner import LocalRunner
+from textmill.runner.slots import apply
+from textmill.runner.torch_executor import TorchExecutor
+from textmill.weights.checkpoint import Checkpoint, open_checkpoint
+from textmill.weights.view import View
+
+TOTAL = 480
+STEPS = 24
+GRID = Recipe("grid", CLIP_MEAN, CLIP_STD, BICUBIC, side=28, patch=7, choices=tuple(map(tuple, vision.CHOICES)))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: tuple[int, ...]
+    images: tuple[Image, ...]
+
+
+def pixels_of(image: Image) -> torch.Tensor:
+    values = torch.from_numpy(np.frombuffer(image.pixels, np.uint8).copy()).reshape(image.shape).float() / 255
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in (image.mean, image.std))
+    return (values - mean) / std
+
+
+def grid_inputs(prompt: Prompt, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Pictures padded to the most tiles of any."""
+    most = max(image.shape[0] for image in prompt.images)
+    pixels = [
+        torch.cat((one := pixels_of(image), torch.zeros(most - len(one), *one.shape[1:]))) for image in prompt.images
+    ]
+    return {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor([image.size for image in prompt.images])}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's prompts look: tokens around a picture's, and what transformers wants to be given."""
+
+    case: Case
+    recipe: Recipe
+    image_token: int
+    inputs: Callable[[Prompt, Sequence[int]], dict[str, torch.Tensor]]
+    fake: int | None = None
+
+    def prompt(self, *pieces: Sequence[int] | tuple[int, int, int]) -> Prompt:
+        """Lists are tokens, tuples (height, width, seed) are pictures."""
+        tokens: list[int] = []
+        images: list[Image] = []
+        around = [] if self.fake is None else [self.fake]
+        for piece in pieces:
+            if isinstance(piece, list):
+                tokens += piece
+                continue
+            for part in cut(picture(*piece), self.recipe):
+                tokens += [] if tokens[-1:] == around else around
+                pixels = part.pixels.tobytes()
+                digest = f"{piece}{part.pixels.shape}{hash(pixels)}".encode()
+                shape, size = part.pixels.shape, part.size
+                images.append(
+                    Image(len(tokens), part.tokens, pixels, shape, size, self.recipe.mean, self.recipe.std, digest)  # type: ignore[arg-type]
+                )
+                tokens += [self.image_token] * part.tokens + around
+        return Prompt(tuple(tokens), tuple(images))
+
+
+FAMILIES = [Family(case, GRID, vision.IMAGE, grid_inputs) for case in vision.CASES if case.family == "llava_next"]
+
+
+class Seeing:
+    """A family's checkpoint and its oracle."""
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.family = family
+        self.folder = folder
+        family.case.make(folder)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def words(self, length: int, seed: int) -> list[int]:
+        """Random tokens without those that mean something."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, vision.IMAGE - 1, (length,), generator=generator).tolist()
+
+    @torch.inference_mode()
+    def expected(self, prompt: Prompt, continuation: Sequence[int] = ()) -> torch.Tensor:
+        """Logits [tokens of both, vocabulary]."""
+        tokens = (*prompt.tokens, *continuation)
+        inputs = self.family.inputs(prompt, tokens) if prompt.images else {}
+        found: torch.Tensor = self.model(torch.tensor([tokens]), use_cache=False, **inputs).logits
+        return found[0]
+
+    def assert_greedy(self, prompt: Prompt, tokens: Sequence[int]) -> None:
+        logits = self.expected(prompt, tokens[:-1])[len(prompt.tokens) - 1 :]
+        assert logits.argmax(-1).tolist() == list(tokens)
+
+    def executor(self, blocks: int) -> tuple[TorchExecutor, Checkpoint]:
+        checkpoint = open_checkpoint(self.folder)
+        model = build_model(checkpoint.config, View(checkpoint))
+        return TorchExecutor(model, SLOTS, TOTAL, BLOCK, blocks), checkpoint
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.case.id)
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seeing:
+    return Seeing(request.param, tmp_path_factory.mktemp("case"))
+
+
+def served(
+    seeing: Seeing, waves: Sequence[Sequence[Prompt]], *, blocks: int, chunk: int = 512
+) -> tuple[list[list[list[int]]], dict[str, float]]:
+    """Greedy tokens of waves of prompts through the engine, each wave together, and what the engine counted."""
+    executor, _ = seeing.executor(blocks)
+    vocabulary = open_checkpoint(seeing.folder).config.vocab_size
+    limits = executor.memory.limited(RunnerLimits(BLOCK, blocks, SLOTS, 512, TOTAL, vocabulary))
+    engine = Engine(LocalRunner(executor, limits), EngineSettings(max_batch_prefill_tokens=chunk))
+    engine.start()
+    done = threading.Semaphore(0)
+    failed: list[str] = []
+    answers: list[list[list[int]]] = []
+    for wave in waves:
+        tokens: list[list[int]] = [[] for _ in wave]
+
+        def sink(_step: int, emissions: Sequence[Emission], tokens: list[list[int]] = tokens) -> None:
+            for one in emissions:
+                tokens[one.request_id] += [token.id for token in one.tokens]
+                if one.finish is not Finish.NONE:
+                    failed.extend([one.error] if one.finish is Finish.FAILED else [])
+                    done.release()
+
+        for number, prompt in enumerate(wave):
+            engine.submit(Request(number, prompt.tokens, STEPS, images=prompt.images), sink)
+        assert all(done.acquire(timeout=100) for _ in wave)
+        answers.append(tokens)
+    engine.check()
+    stats = dict(engine.stats())
+    engine.stop()
+    assert not failed, failed
+    return answers, stats
+
+
+def test_logits_in_chunks_that_end_inside_pictures(seeing: Seeing) -> None:
+    prompt = seeing.family.prompt(seeing.words(7, 1), (40, 70, 1), seeing.words(5, 2), (31, 30, 2), seeing.words(6, 3))
+    expected = seeing.expected(prompt)
+    assert float(expected.std()) > 0.5
+    executor, checkpoint = seeing.executor(TOTAL // BLOCK)
+    blocks = tuple(range(TOTAL // BLOCK))
+    admission = Admission(0, prompt.tokens, Sampling(), prompt_logprobs=True, images=prompt.images)
+    apply(Step(0, (), (admission,), (), ((0, 0, blocks),)), executor.tables)
+    start, largest = 0, 0.0
+    for count in (9, 20, 1, 33, len(prompt.tokens)):
+        count = min(count, len(prompt.tokens) - start)
+        executor.run([SlotWork(0, start, count, False)])
+        largest = max(largest, float((executor.logits - expected[start : start + count]).abs().max()))
+        torch.testing.assert_close(executor.logits, expected[start : start + count], atol=TOLERANCE, rtol=TOLERANCE)
+        start += count
+    assert checkpoint.unread() == []
+    record(seeing.family.case, executor="torch", error=largest)
+
+
+def mixed(seeing: Seeing) -> list[Prompt]:
+    """Eight prompts: pictures at the beginning, at the end, several, none; shapes of all kinds."""
+    words, prompt = seeing.words, seeing.family.prompt
+    return [
+        prompt(words(9, 1), (40, 70, 1), words(4, 2)),
+        prompt(words(30, 3)),
+        prompt(words(1, 4), (70, 40, 2), words(20, 5)),
+        prompt(words(5, 6), (28, 28, 3), (30, 61, 4), words(2, 7)),
+        prompt(words(17, 8), (20, 20, 5)),
+        prompt(words(2, 9), (90, 25, 6), words(3, 10)),
+        prompt(words(40, 11), (25, 90, 7), words(1, 12)),
+        prompt(words(3, 13), (57, 58, 8), words(9, 14)),
+    ]
+
+
+@pytest.mark.parametrize("scarce", [False, True], ids=["together", "preempted"])
+def test_greedy_tokens_of_eight(seeing: Seeing, scarce: bool) -> None:
+    prompts = mixed(seeing)
+    most = max(len(one.tokens) for one in prompts) + STEPS
+    whole = sum(-(-(len(one.tokens) + STEPS) // BLOCK) for one in prompts)
+    blocks = -(-most // BLOCK) + 3 if scarce else whole + 8
+    [tokens], stats = served(seeing, [prompts], blocks=blocks, chunk=24)
+    for prompt, found in zip(prompts, tokens, strict=True):
+        seeing.assert_greedy(prompt, found)
+    assert (stats["preemptions"] > 0) == scarce
+    record(seeing.family.case, executor="torch", **{"preempted" if scarce else "together": True})
+
+
+def test_the_prefix_cache_tells_pictures_apart(seeing: Seeing) -> None:
+    """The same tokens with another picture of the same shape: nothing from its place on may be found again."""
+    before, after = seeing.words(20, 1), seeing.words(9, 2)
+    first, same, other = (seeing.family.prompt(before, (40, 70, seed), after) for seed in (1, 1, 2))
+    assert first.tokens == other.tokens
+    [[one], [again], [different]], stats = served(seeing, [[first], [same], [other]], blocks=60)
+    seeing.assert_greedy(first, one)
+    seeing.assert_greedy(other, different)
+    assert again == one
+    whole = (len(first.tokens) - 1) // BLOCK * BLOCK
+    assert stats["prefix_hit_tokens"] == whole + first.images[0].start // BLOCK * BLOCK
+
+
+def test_a_picture_that_cannot_be_encoded_fails_alone(seeing: Seeing) -> None:
+    good = seeing.family.prompt(seeing.words(5, 1), (40, 70, 1))
+    [image, *rest] = good.images
+    broken = replace(image, pixels=image.pixels[: 3 * 9], shape=(1, 3, 3, 3), digest=b"broken")
+    bad = Prompt(good.tokens, (broken, *rest))
+    with pytest.raises(AssertionError, match="not a finite number"):
+        served(seeing, [[bad]], blocks=60)
+    [[one], [two]], _ = served(seeing, [[good], [good]], blocks=60)
+    assert one == two
