@@ -49,7 +49,7 @@ def to_gguf(folder: Path, path: Path, quantization: str = "") -> None:
     """`quantization` (Q8_0, say) goes to matrices whose rows it fits; everything else stays float32."""
     raw = json.loads((folder / "config.json").read_text())
     kind = raw["model_type"]
-    config = SimpleNamespace(**raw) if kind == "baichuan" else AutoConfig.from_pretrained(folder)
+    config = SimpleNamespace(**raw) if kind == "baichuan" else AutoConfig.for_model(**with_original(raw))
     config.raw = raw
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     architecture = ARCHITECTURES[kind]
@@ -70,6 +70,14 @@ def to_gguf(folder: Path, path: Path, quantization: str = "") -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def with_original(raw: dict[str, Any]) -> dict[str, Any]:
+    """The trained length, which hub files may have beside the rope's settings, also among them."""
+    scaling, length = raw.get("rope_scaling"), raw.get("original_max_position_embeddings")
+    if not isinstance(scaling, dict) or length is None:
+        return raw
+    return raw | {"rope_scaling": scaling | {"original_max_position_embeddings": length}}
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
