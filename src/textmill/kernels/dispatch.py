@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from textmill.kernels import native
-from textmill.kernels.native import NativeWeight, Rows, Unrecordable
+from textmill.kernels.native import NativeWeight, Rows
 from textmill.kernels.spec import Array, ExpertsSpec, PackedMatrix
 
 if TYPE_CHECKING:
@@ -71,17 +71,24 @@ def matmul(
 
 
 def experts(x: Values, scores: Values, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: ExpertsSpec) -> Values:
-    """The sum of the experts that each row is sent to (see ExpertsSpec): x and result [rows, k], scores [rows, experts].
+    """The sum of the experts that each row is sent to (see ExpertsSpec): x, result [rows, k], scores [rows, experts].
 
     Matrices per expert: `gate_up` [gate; up] and `down`; Rows take NativeWeights, tensors the other forms.
     """
     if isinstance(x, Rows) and isinstance(scores, Rows):
-        raise Unrecordable("mixture of experts")
+        return x.program.experts(x, scores, native_forms(gate_up), native_forms(down), spec)
     from textmill.kernels import reference
 
     if isinstance(x, Rows) or isinstance(scores, Rows):
         raise TypeError("experts take tensors or recorded Rows, not both")
     return reference.experts(x, scores, plain_forms(gate_up), plain_forms(down), spec)
+
+
+def native_forms(matrices: Sequence[Matrix]) -> list[NativeWeight]:
+    native = [matrix for matrix in matrices if isinstance(matrix, NativeWeight)]
+    if len(native) != len(matrices):
+        raise TypeError("recorded Rows are multiplied by NativeWeights")
+    return native
 
 
 def plain_forms(matrices: Sequence[Matrix]) -> list[Array | PackedMatrix]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from textmill.kernels.native_weights import pack_weight as pack_weight
 from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
-from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec
+from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec, ExpertsSpec
 
 try:
     from textmill import _native
@@ -226,6 +227,18 @@ class Program:
                 spec.norm_eps,
             )
         )
+
+    def experts(
+        self, x: Rows, scores: Rows, gate_up: Sequence[NativeWeight], down: Sequence[NativeWeight], spec: ExpertsSpec
+    ) -> Rows:
+        """The sum of the experts that each row is sent to (see ExpertsSpec); matrices per expert."""
+        number = _number(spec.activation)
+        if number > _LAST_OF_PRODUCTS:
+            raise Unrecordable(f"mixture of experts with activation {spec.activation}")
+        self._weights.update((id(weight), weight) for weight in (*gate_up, *down))
+        up, back = ([weight.handle for weight in matrices] for matrices in (gate_up, down))
+        norm = spec.norm or 0.0
+        return self._rows(self._native.experts(self._own(x), self._own(scores), up, back, spec.top_k, norm, number))
 
     def outputs(self, x: Rows) -> Rows:
         """Only the rows whose logits are wanted; what follows is the head and may read nothing from before."""

@@ -59,12 +59,11 @@ def dbrx(clip: float | None = 1.5, norm: float | None = 1.0, theta: float = 1000
     )
 
 
-LACKING = "mixtures of experts are not in native programs yet"
 CASES = [
-    Case("mixtral", "an expert's matrices on their own", mixtral(), not_native=LACKING),
-    Case("mixtral", "window, one expert a row", mixtral(sliding_window=24, num_experts_per_tok=1), not_native=LACKING),
-    Case("mixtral", "experts in two tensors", fused(mixtral(num_hidden_layers=1)), not_native=LACKING),
-    Case("dbrx", "clipped", dbrx(theta=500000.0), not_native=LACKING),
-    Case("dbrx", "weights normed by their squares", dbrx(norm=2.0), not_native=LACKING),
-    Case("dbrx", "weights as they are", dbrx(norm=None), not_native=LACKING),
+    Case("mixtral", "an expert's matrices on their own", mixtral()),
+    Case("mixtral", "window, one expert a row", mixtral(sliding_window=24, num_experts_per_tok=1)),
+    Case("mixtral", "experts in two tensors", fused(mixtral(num_hidden_layers=1))),
+    Case("dbrx", "clipped", dbrx(theta=500000.0)),
+    Case("dbrx", "weights normed by their squares", dbrx(norm=2.0)),
+    Case("dbrx", "weights as they are", dbrx(norm=None)),
 ]

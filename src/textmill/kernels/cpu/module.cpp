@@ -186,6 +186,16 @@ class PyProgram {
     return program_.attend(x, layer, spec);
   }
 
+  int experts(int x, int scores, const nb::list& gate_up, const nb::list& down, int64_t top_k, float norm, int number) {
+    Experts spec;
+    for (nb::handle one : gate_up) spec.gate_up.push_back(nb::cast<const Matrix&>(one).weight);
+    for (nb::handle one : down) spec.down.push_back(nb::cast<const Matrix&>(one).weight);
+    spec.top_k = top_k;
+    spec.norm = norm;
+    spec.activation = kind_of(number);
+    return program_.experts(x, scores, std::move(spec));
+  }
+
   int outputs(int x) { return program_.outputs(x); }
   void finish(int logits) { program_.finish(logits); }
   int64_t columns(int index) const { return program_.columns(index); }
@@ -315,6 +325,7 @@ NB_MODULE(_native, m) {
       .def("attend", &PyProgram::attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
            nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
+      .def("experts", &PyProgram::experts)
       .def("outputs", &PyProgram::outputs)
       .def("finish", &PyProgram::finish)
       .def("columns", &PyProgram::columns)

@@ -13,16 +13,11 @@ namespace {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// A tile of quantized rows should stay in a core's first cache while the columns of a chunk pass over it; but it must be
-// high enough for each column's codes to be worth unpacking.
-constexpr int64_t kTileBytes = 40 * 1024;
-
-int64_t rows_of_tile(int64_t k) {
-  const int64_t rows = kTileBytes / static_cast<int64_t>(quantized_bytes(1, k));
-  return std::clamp<int64_t>(rows / 12 * 12, 24, 240);
+bool works_by_row(OpKind kind) {
+  return kind != OpKind::kMatmul && kind != OpKind::kAttention && kind != OpKind::kExperts;
 }
 
-bool works_by_row(OpKind kind) { return kind != OpKind::kMatmul && kind != OpKind::kAttention; }
+int64_t stride_of(int64_t cols) { return (cols + 15) / 16 * 16; }
 
 // A buffer that lives from operation `first` to operation `last`, both included.
 struct Buffer {
@@ -93,7 +88,7 @@ int Program::record(Op op, int64_t cols) {
   require(!finished_, "the program is finished");
   Value out;
   out.cols = cols;
-  out.stride = (cols + 15) / 16 * 16;
+  out.stride = stride_of(cols);
   out.head = in_head_;
   op.head = in_head_;
   op.out = static_cast<int>(values_.size());
@@ -221,6 +216,38 @@ int Program::attend(int x, int layer, const AttentionSpec& spec) {
   return record(std::move(op), spec.heads * spec.head_dim);
 }
 
+int Program::experts(int x, int scores, Experts experts) {
+  check_input(x);
+  check_input(scores);
+  require(!in_head_, "experts belong to the body");
+  require(experts.count() > 0 && experts.down.size() == experts.gate_up.size(), "experts: as many down as gate and up");
+  require(value(scores).cols == experts.count(), "experts: one score per expert");
+  require(experts.top_k > 0 && experts.top_k <= experts.count(), "experts: a row goes to at least one, at most to all");
+  require(experts.activation <= Activation::kRelu, "experts: a product cannot end with this activation");
+  const Weight &up = *experts.gate_up[0], &down = *experts.down[0];
+  for (size_t i = 0; i < experts.down.size(); ++i) {
+    const Weight &a = *experts.gate_up[i], &b = *experts.down[i];
+    require(a.n == up.n && a.k == up.k && b.n == down.n && b.k == down.k, "experts: all must have one shape");
+    require(a.quantized() == up.quantized() && b.quantized() == down.quantized(), "experts: all packed or none");
+  }
+  require(up.k == value(x).cols && down.n == up.k && up.n == 2 * down.k, "experts: matrices do not fit the rows");
+  const auto bytes = [&](int64_t cols, bool quantized) {
+    const size_t row = quantized ? quantized_bytes(1, cols) : static_cast<size_t>(stride_of(cols)) * 4;
+    return aligned(static_cast<size_t>(limits_.max_rows * experts.top_k) * row);
+  };
+  experts.up_tile = rows_of_tile(up.k);
+  experts.down_tile = rows_of_tile(down.k);
+  experts.inner_offset = std::max(bytes(up.k, false), bytes(up.k, up.quantized()));
+  experts.codes_offset = experts.inner_offset + bytes(down.k, false);
+  experts.scratch_bytes = experts.codes_offset + (down.quantized() ? bytes(down.k, true) : 0);
+  Op op;
+  op.kind = OpKind::kExperts;
+  op.x = x;
+  op.y = scores;
+  op.experts = std::make_shared<const Experts>(std::move(experts));
+  return record(std::move(op), value(x).cols);
+}
+
 int Program::outputs(int x) {
   check_input(x);
   require(!in_head_, "outputs() may be called once");
@@ -299,8 +326,6 @@ void Program::plan_quantization() {
     if (x.quantized) continue;
     x.quantized = true;
     x.first_product = i;
-    x.tile_rows = rows_of_tile(x.cols);
-    x.tile_bytes = aligned(quantized_bytes(x.tile_rows, x.cols));
     op.quantizes = !works_by_row(ops_[static_cast<size_t>(x.producer)].kind);
   }
 }
@@ -314,11 +339,11 @@ void Program::plan_memory() {
     buffers.push_back({aligned(static_cast<size_t>(rows * v.stride) * 4), v.producer, last, &v.offset});
     if (!v.quantized) continue;
     const int born = ops_[static_cast<size_t>(v.first_product)].quantizes ? v.first_product : v.producer;
-    const size_t tiles = static_cast<size_t>((rows + v.tile_rows - 1) / v.tile_rows);
-    buffers.push_back({tiles * v.tile_bytes, born, v.last_product, &v.quantized_offset});
+    buffers.push_back({aligned(quantized_bytes(rows, v.cols)), born, v.last_product, &v.quantized_offset});
   }
   for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
     Op& op = ops_[static_cast<size_t>(i)];
+    if (op.kind == OpKind::kExperts) buffers.push_back({op.experts->scratch_bytes, i, i, &op.scratch_offset});
     if (op.kind != OpKind::kAttention) continue;
     const int64_t floats = limits_.max_rows * op.attention.heads * op.attention.dim();
     buffers.push_back({aligned(static_cast<size_t>(floats) * 4), i, i, &op.scratch_offset});
@@ -353,7 +378,7 @@ std::vector<OpProfile> Program::profile() const {
 void Program::reset_profile() {
   static const char* const kNames[] = {
       "embed", "embed_positions", "rms_norm", "layer_norm", "add", "multiply", "scale", "clip", "softcap", "activation",
-      "gated_activation", "outputs", "matmul", "attention"};
+      "gated_activation", "outputs", "matmul", "attention", "experts"};
   profiles_.assign(ops_.size() + 1, OpProfile());
   for (size_t i = 0; i < ops_.size(); ++i) {
     profiles_[i].name = kNames[static_cast<int>(ops_[i].kind)];

@@ -63,7 +63,7 @@ struct StepOutput {
 
 enum class OpKind {
   kEmbed, kEmbedPositions, kRmsNorm, kLayerNorm, kAdd, kMultiply, kScale, kClip, kSoftcap, kActivation,
-  kGatedActivation, kOutputs, kMatmul, kAttention
+  kGatedActivation, kOutputs, kMatmul, kAttention, kExperts
 };
 
 struct Value {
@@ -72,16 +72,34 @@ struct Value {
   int producer = -1;
   int readers = 0, last_reader = -1;
   size_t offset = 0;  // in the arena
-  // Its quantized copy, shared by all packed matrices that read it: tiles of tile_rows rows.
+  // Its quantized copy, shared by all packed matrices that read it.
   bool quantized = false;
   int first_product = -1, last_product = -1;
-  int64_t tile_rows = 0;
-  size_t tile_bytes = 0, quantized_offset = 0;
+  size_t quantized_offset = 0;
+};
+
+// A mixture of gated experts (kernels/spec.py: ExpertsSpec). A step sorts its rows by expert into `places`: rows times
+// top_k of them.
+struct Experts {
+  std::vector<std::shared_ptr<const Weight>> gate_up, down;
+  int64_t top_k = 0;
+  float norm = 0;  // 0: weights stay as they are
+  Activation activation = Activation::kNone;
+  int64_t up_tile = 0, down_tile = 0;  // places of a chunk
+  // In the operation's scratch: first what experts read (floats or quantized), later what they answer; then their inner
+  // numbers as floats, then quantized.
+  size_t inner_offset = 0, codes_offset = 0, scratch_bytes = 0;
+
+  int64_t count() const { return static_cast<int64_t>(gate_up.size()); }
+  int64_t outer() const { return gate_up[0]->k; }
+  int64_t inner() const { return down[0]->k; }
+  bool up_quantized() const { return gate_up[0]->quantized(); }
+  bool down_quantized() const { return down[0]->quantized(); }
 };
 
 struct Op {
   OpKind kind = OpKind::kAdd;
-  int x = -1, y = -1, out = -1;  // values; y of a matmul is its residual
+  int x = -1, y = -1, out = -1;  // values; y of a matmul is its residual, of experts their scores
   bool head = false;
   const float* weight = nullptr;
   const float* bias = nullptr;
@@ -90,9 +108,10 @@ struct Op {
   bool gated = false;
   bool quantizes = false;  // a matmul that must first quantize its input
   std::shared_ptr<const Weight> matrix;
+  std::shared_ptr<const Experts> experts;
   AttentionSpec attention;
   int layer = -1, plan = -1;
-  size_t scratch_offset = 0;  // attention's rotated queries
+  size_t scratch_offset = 0;  // attention's rotated queries; what experts need
   size_t keys_offset = 0, values_offset = 0;  // in a cache block
 };
 
@@ -133,6 +152,7 @@ class Program {
   int activation(int x, Activation kind, bool gated);
   int matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated);
   int attend(int x, int layer, const AttentionSpec& spec);
+  int experts(int x, int scores, Experts experts);
   int outputs(int x);
   void finish(int logits);
 

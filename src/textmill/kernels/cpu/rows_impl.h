@@ -47,6 +47,11 @@ inline void multiply(const float* x, const float* y, int64_t cols, float* out) {
   map_rows(x, y, cols, out, [](f32x8 a, f32x8 b) { return a * b; });
 }
 
+inline void add_scaled(const float* x, float factor, int64_t cols, float* out) {
+  const f32x8 f = splat(factor);
+  map_rows(x, out, cols, out, [=](f32x8 a, f32x8 b) { return fma(a, f, b); });
+}
+
 inline void clip(const float* x, float limit, int64_t cols, float* out) {
   const f32x8 most = splat(limit), least = splat(-limit);
   map_row(x, cols, out, [=](f32x8 a) { return a > most ? most : (a < least ? least : a); });
@@ -149,8 +154,8 @@ inline int64_t above(const float* x, int64_t count, float threshold, int32_t* in
 inline float exp_one(float x) { return exp(x); }
 
 constexpr VectorKernels table(const char* name) {
-  return {name,  rms_norm,   layer_norm, add,       multiply, clip,  scale,     softcap, activation,
-          gated, store_row,  attend,     merge,     normalize, scan, exp_sum,   above,   exp_one};
+  return {name,       rms_norm, layer_norm, add,   multiply,  add_scaled, clip,    scale, softcap,
+          activation, gated,    store_row,  attend, merge,    normalize,  scan, exp_sum, above, exp_one};
 }
 
 }  // namespace TEXTMILL_ISA

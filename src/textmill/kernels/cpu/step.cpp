@@ -19,7 +19,21 @@ constexpr int64_t kMostMacs = 1536 * 1024;
 constexpr int64_t kMostBytes = 256 * 1024;
 constexpr int64_t kFewRows = 4;
 
+// Rows that a chunk of a product takes at once, so many at most: their input should stay in a core's second cache while the
+// columns pass over it, and be enough for each column's codes to be worth unpacking.
+constexpr int64_t kMostRows = 120;
+constexpr int64_t kTileBytes = 256 * 1024;
+
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// All rows in tiles of about the same height, a multiple of 6 (what the kernels compute side by side).
+int64_t rows_of_tile(int64_t rows, int64_t cols, bool quantized) {
+  if (!quantized) return std::max<int64_t>(16, kChunkFloats * 4 / cols);
+  const int64_t fitting = kTileBytes / static_cast<int64_t>(quantized_bytes(1, cols)) / 6 * 6;
+  const int64_t most = std::clamp<int64_t>(fitting, 24, kMostRows);
+  const int64_t tiles = (rows + most - 1) / most;
+  return round_up((rows + tiles - 1) / tiles, 6);
+}
 
 }  // namespace
 
@@ -134,14 +148,15 @@ uint32_t Step::begin_op() {
   switch (op.kind) {
     case OpKind::kMatmul: return begin_matmul();
     case OpKind::kAttention: return begin_attention();
+    case OpKind::kExperts: return begin_experts();
     default: return phase_ == 0 ? chunks_of_rows(program_.value(op.out).cols) : 0;
   }
 }
 
-uint32_t Step::chunks_of_rows(int64_t cols) {
-  const int64_t shared = (rows() + threads_ - 1) / threads_;
+uint32_t Step::chunks_of(int64_t count, int64_t cols) {
+  const int64_t shared = (count + threads_ - 1) / threads_;
   grain_ = std::clamp<int64_t>(kChunkFloats / cols, 1, std::max<int64_t>(kLeastRows, shared));
-  return static_cast<uint32_t>((rows() + grain_ - 1) / grain_);
+  return static_cast<uint32_t>((count + grain_ - 1) / grain_);
 }
 
 uint32_t Step::begin_matmul() {
@@ -151,26 +166,27 @@ uint32_t Step::begin_matmul() {
   if (phase == 0) return chunks_of_rows(x.cols);
   if (phase > 1) return 0;
   const int64_t n = program_.value(op.out).cols;
-  tile_rows_ = x.quantized && op.matrix->quantized() ? x.tile_rows : std::max<int64_t>(16, kChunkFloats * 4 / x.cols);
+  tile_rows_ = rows_of_tile(rows(), x.cols, x.quantized && op.matrix->quantized());
   row_tiles_ = (rows() + tile_rows_ - 1) / tile_rows_;
-  const int64_t tall = std::min(rows(), tile_rows_);
-  const int64_t macs = std::max<int64_t>(1, tall * op.matrix->n * op.matrix->k / n);  // of one output column
-  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(op.matrix->bytes()) / n);
+  columns_ = columns_of_chunk(*op.matrix, n, std::min(rows(), tile_rows_), row_tiles_);
+  return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
+}
+
+// How many of a product's n output columns a chunk takes, where tiles of rows are `tall` and there are so many of them.
+int64_t Step::columns_of_chunk(const Weight& matrix, int64_t n, int64_t tall, int64_t tiles) const {
+  const int64_t macs = std::max<int64_t>(1, tall * matrix.n * matrix.k / n);  // of one output column
+  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(matrix.bytes()) / n);
   const int64_t least = std::max<int64_t>(1, std::min(kLeastMacs / macs, kLeastBytes / bytes));
   const int64_t most = std::max(least, std::min(kMostMacs / macs, kMostBytes / bytes));
   // Few rows wait for memory, which is fastest in long runs: four chunks a thread; many rows compute.
   const bool few = tall <= kFewRows;
-  const int64_t shared = n * row_tiles_ / (threads_ * (few ? 4 : 16));
+  const int64_t shared = n * tiles / (threads_ * (few ? 4 : 16));
   const int64_t wanted = std::clamp(shared, least, most);
-  if (few) {
-    columns_ = std::min(round_up(wanted, kColumnBlock), round_up(n, kColumnBlock));
-    return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
-  }
+  if (few) return std::min(round_up(wanted, kColumnBlock), round_up(n, kColumnBlock));
   // Threads get the same number of chunks, and chunks whole tiles: two blocks of columns, or a strip where rows are many.
   const int64_t share = n / round_up((n + wanted - 1) / wanted, threads_);
   const int64_t unit = 2 * kColumnBlock, fewest = tall < 16 ? unit : 2 * unit;
-  columns_ = std::min(std::max(fewest, share / unit * unit), round_up(n, kColumnBlock));
-  return static_cast<uint32_t>((n + columns_ - 1) / columns_ * row_tiles_);
+  return std::min(std::max(fewest, share / unit * unit), round_up(n, kColumnBlock));
 }
 
 void Step::end_op() {
@@ -180,6 +196,7 @@ void Step::end_op() {
   entry.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
   if (sampling_) return;
   const Op& op = program_.ops_[op_];
+  if (op.kind == OpKind::kExperts) profile_experts(*op.experts, &entry);
   if (op.kind == OpKind::kMatmul) {
     entry.bytes += static_cast<int64_t>(op.matrix->bytes());
     entry.macs += rows() * op.matrix->n * op.matrix->k;
@@ -205,6 +222,7 @@ void Step::run_chunk(uint32_t chunk, int thread) {
     if (phase_ == 1) return run_store(op, begin, end);
     return run_attention(op, chunk, thread);
   }
+  if (op.kind == OpKind::kExperts) return run_experts(op, chunk);
   run_rows(op, begin, end);
 }
 
@@ -215,13 +233,7 @@ float* Step::value_row(int index, int64_t row) const {
 
 void Step::quantize(int index, int64_t begin, int64_t end) const {
   const Value& v = program_.values_[static_cast<size_t>(index)];
-  while (begin < end) {
-    const int64_t tile = begin / v.tile_rows, first = tile * v.tile_rows;
-    const int64_t stop = std::min(end, first + v.tile_rows);
-    std::byte* to = program_.arena_.data() + v.quantized_offset + static_cast<size_t>(tile) * v.tile_bytes;
-    quantize_rows(value_row(index, first), v.stride, begin - first, stop - first, v.cols, to);
-    begin = stop;
-  }
+  quantize_rows(value_row(index, 0), v.stride, begin, end, v.cols, program_.arena_.data() + v.quantized_offset);
 }
 
 void Step::run_rows(const Op& op, int64_t begin, int64_t end) const {
@@ -270,7 +282,7 @@ void Step::run_product(const Op& op, uint32_t chunk) const {
   }
   const void* from = value_row(op.x, first);
   if (op.matrix->quantized()) {
-    from = program_.arena_.data() + x.quantized_offset + static_cast<size_t>(tile) * x.tile_bytes;
+    from = program_.arena_.data() + x.quantized_offset + quantized_bytes(first, x.cols);
   }
   op.matrix->matmul(from, x.stride, std::min(tile_rows_, rows() - first), column, std::min(column + columns_, y.cols),
                     value_row(op.out, first), y.stride, epilogue);

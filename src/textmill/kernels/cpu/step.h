@@ -32,6 +32,12 @@ class Step final : public Job {
     bool is_prompt;  // log-probability of the next known token
   };
 
+  // Some columns of one expert's product, for places [first, first + rows).
+  struct ExpertChunk {
+    int32_t expert;
+    int64_t first, rows, column, columns;
+  };
+
   void place_rows();
   void place_item(const WorkItem& item, int32_t index);
   void clear_results();
@@ -39,8 +45,11 @@ class Step final : public Job {
   uint32_t begin_op();
   uint32_t begin_matmul();
   uint32_t begin_attention();
+  uint32_t begin_experts();
   uint32_t begin_slice();
-  uint32_t chunks_of_rows(int64_t cols);
+  uint32_t chunks_of_rows(int64_t cols) { return chunks_of(rows(), cols); }
+  uint32_t chunks_of(int64_t count, int64_t cols);
+  int64_t columns_of_chunk(const Weight& matrix, int64_t n, int64_t tall, int64_t tiles) const;
   void end_op();
 
   int64_t rows() const { return op_ < program_.body_ops_ ? row_count_ : slice_rows_; }
@@ -54,6 +63,14 @@ class Step final : public Job {
   void run_attention(const Op& op, uint32_t chunk, int thread);
   void run_unit(const Op& op, int64_t unit, const AttendTask& call, int thread);
   void finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head);
+  void sort_by_expert(const Experts& experts);
+  uint32_t cut_experts(const Experts& experts, bool down);
+  void run_experts(const Op& op, uint32_t chunk);
+  void choose_experts(const Op& op, int64_t row);
+  void fill_place(const Op& op, int64_t place) const;
+  void run_expert(const Op& op, bool down, uint32_t chunk) const;
+  void mix_experts(const Op& op, int64_t row) const;
+  void profile_experts(const Experts& experts, OpProfile* entry) const;
   void run_output(int64_t index, int thread);
   void choose(const OutputRow& wanted, float* logits, int thread);
 
@@ -72,6 +89,13 @@ class Step final : public Job {
   std::vector<AttentionPlan> plans_;
   std::vector<float> partials_;
   std::vector<std::atomic<int32_t>> counters_;
+
+  // Of the experts that run; [rows, top_k] by row, then by place.
+  std::vector<int32_t> chosen_, place_of_;
+  std::vector<float> shares_;
+  std::vector<int32_t> row_of_place_;
+  std::vector<int64_t> first_place_;  // by expert, and the end
+  std::vector<ExpertChunk> expert_chunks_;
 
   // Where the step is; written between phases only.
   size_t op_ = 0;

@@ -100,6 +100,7 @@ struct VectorKernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t cols, float* out);
   void (*add)(const float* x, const float* y, int64_t cols, float* out);
   void (*multiply)(const float* x, const float* y, int64_t cols, float* out);
+  void (*add_scaled)(const float* x, float factor, int64_t cols, float* out);  // out += x * factor
   void (*clip)(const float* x, float limit, int64_t cols, float* out);  // to -limit .. limit; NaN stays
   void (*scale)(const float* x, float factor, int64_t cols, float* out);
   void (*softcap)(const float* x, float cap, int64_t cols, float* out);
