@@ -41,7 +41,11 @@ LOST = {
     "baichuan-2_7B": "known by its vocabulary",
 }
 # What is not in the file and has one value for all models: checkpoints with another one are given that.
-SETTLED = {"gemma2": {"query_pre_attn_scalar": 32}, "gemma3_text": {"query_pre_attn_scalar": 32}}
+SETTLED = {
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "t5": {"relative_attention_max_distance": 128},
+}
 HELD = [case for case in CASES if case.family in ARCHITECTURES and case.id not in LOST]
 
 

@@ -226,6 +226,20 @@ def mamba(m: Metadata, raw: Raw) -> Raw:
     }
 
 
+def t5(m: Metadata, raw: Raw) -> Raw:
+    layers, heads = raw["num_hidden_layers"], m.number("attention.head_count")
+    return {
+        "num_layers": layers,
+        "num_decoder_layers": m.number("decoder_block_count", default=layers),
+        "num_heads": heads,
+        "d_kv": m.number("attention.key_length", default=raw["hidden_size"] // heads),
+        "d_ff": m.number("feed_forward_length"),
+        "feed_forward_proj": "gated-gelu" if m.has("enc.blk.0.ffn_gate.weight") else "relu",
+        "relative_attention_num_buckets": m.number("attention.relative_buckets_count", default=32),
+        "decoder_start_token_id": m.optional_number("decoder_start_token_id") or 0,
+    }
+
+
 def baichuan(m: Metadata, raw: Raw) -> Raw:
     """llama.cpp, too, knows by the number of layers which has rotary positions (7B) and which ALiBi (13B)."""
     if raw["num_hidden_layers"] != 40:
@@ -247,6 +261,7 @@ EXTRAS: dict[str, Callable[[Metadata, Raw], Raw]] = {
     "cohere": cohere,
     "dbrx": dbrx,
     "mamba": mamba,
+    "t5": t5,
     "baichuan": baichuan,
 }
 
