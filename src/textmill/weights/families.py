@@ -25,9 +25,14 @@ def in_known_names(raw: Raw) -> Raw:
 DEFAULTS: dict[str, Raw] = {
     "gpt2": {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
     "gpt_bigcode": {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
-    "gpt_neox": {"layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+    "gpt_neox": {"layer_norm_eps": 1e-5, "hidden_act": "gelu", "attention_bias": True},
     "phi": {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
-    "starcoder2": {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"},
+    "starcoder2": {
+        "norm_epsilon": 1e-5,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_key_value_heads": 2,
+        "use_bias": True,
+    },
     "falcon": {"layer_norm_epsilon": 1e-5, "activation": "gelu", "multi_query": True},
     "bloom": {"layer_norm_epsilon": 1e-5},
     "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -40,6 +45,7 @@ DEFAULTS: dict[str, Raw] = {
     "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 8192},
     "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 131072},
     "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192},
+    "t5": {"layer_norm_epsilon": 1e-6, "feed_forward_proj": "relu", "num_layers": 6, "d_kv": 64},
     "mamba": {"layer_norm_epsilon": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 1},
 }
 DEFAULTS["RefinedWeb"] = DEFAULTS["RefinedWebModel"] = DEFAULTS["falcon"]
@@ -130,6 +136,22 @@ def _dbrx(raw: Raw) -> Raw:
     }
 
 
+def _t5(raw: Raw) -> Raw:
+    """Distances know no end, whatever `n_positions` says. Whose head is the embedding scales what goes in."""
+    kind = raw["feed_forward_proj"]
+    start = raw.get("decoder_start_token_id", raw.get("pad_token_id", 0))
+    return {
+        "num_hidden_layers": raw.get("num_decoder_layers", raw["num_layers"]),
+        "num_attention_heads": raw.get("num_heads"),
+        "head_dim": raw["d_kv"],
+        "intermediate_size": raw.get("d_ff"),
+        "max_position_embeddings": 2048,
+        "hidden_act": "gelu_new" if kind == "gated-gelu" else str(kind).removeprefix("gated-"),
+        "scale_decoder_outputs": raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True)),
+        "decoder_start_token_id": start,
+    }
+
+
 def _opt(_: Raw) -> Raw:
     return {"layer_norm_eps": 1e-5}
 
@@ -214,6 +236,7 @@ REWRITES: dict[str, Callable[[Raw], Raw]] = {
     "mpt": _mpt,
     "dbrx": _dbrx,
     "opt": _opt,
+    "t5": _t5,
     "mamba": _mamba,
     "baichuan": _baichuan,
     "gemma": _gemma,

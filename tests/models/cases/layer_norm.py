@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.models.baichuan import baichuan, reference
 from tests.models.parity import TRANSFORMERS, Case, Oracle, transformers_oracle
+from tests.models.respelled import respelled
 from tests.models.tiny import SIZES, Make, random_checkpoint, sized
 
 EAGER = transformers_oracle("eager")
@@ -134,40 +134,8 @@ def opt(**changes: Any) -> Make:
     return random_checkpoint("opt", **(sizes | changes))
 
 
-def respelled(
-    make: Make,
-    *,
-    config: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
-) -> Make:
-    """The same checkpoint as its authors' files spell it; transformers' own lies in the folder `plain`."""
-
-    def write(folder: Path) -> None:
-        make(folder / "plain")
-        spelled = config(json.loads((folder / "plain" / "config.json").read_text()))
-        (folder / "config.json").write_text(json.dumps(spelled))
-        renamed = tensors(load_file(folder / "plain" / "model.safetensors"))
-        save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, folder / "model.safetensors")
-
-    return write
-
-
 def plain(folder: Path) -> Oracle:
     return TRANSFORMERS(folder / "plain")
-
-
-def plain_eager(folder: Path) -> Oracle:
-    return EAGER(folder / "plain")
-
-
-def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def gpt2_of_old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """No prefix, and each layer's mask among the weights."""
-    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in range(2)}
-    return without_prefix(tensors) | masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
 
 
 def santacoder(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,18 +156,6 @@ def santacoder_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("multi_query", "num_key_value_heads")} | own
 
 
-def refined_web(model_type: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Falcon's config before transformers knew it."""
-    names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"}
-    newer = {"new_decoder_architecture", "activation", "rope_parameters", "ffn_hidden_size", "max_position_embeddings"}
-
-    def rewrite(config: dict[str, Any]) -> dict[str, Any]:
-        kept = {names.get(key, key): value for key, value in config.items() if key not in newer}
-        return kept | {"model_type": model_type}
-
-    return rewrite
-
-
 def gpt2(model_type: str = "gpt2", **changes: Any) -> Make:
     return random_checkpoint(model_type, **(GPT2_SIZES | changes))
 
@@ -207,7 +163,6 @@ def gpt2(model_type: str = "gpt2", **changes: Any) -> Make:
 CASES = [
     Case("gpt2", "plain", gpt2()),
     Case("gpt2", "scaled by layer", gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=96)),
-    Case("gpt2", "old files", respelled(gpt2(), tensors=gpt2_of_old), plain),
     Case("gpt_bigcode", "one key head", gpt2("gpt_bigcode")),
     Case("gpt_bigcode", "multi-head", gpt2("gpt_bigcode", multi_query=False)),
     Case(
@@ -230,13 +185,6 @@ CASES = [
         "rw",
         falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=8, seed=1),
         not_native="bias of keys",
-    ),
-    Case("falcon", "RefinedWebModel", respelled(falcon(), config=refined_web("RefinedWebModel")), plain),
-    Case(
-        "falcon",
-        "RefinedWeb",
-        respelled(falcon(new_decoder_architecture=True, num_kv_heads=2), config=refined_web("RefinedWeb")),
-        plain,
     ),
     Case("mpt", "plain", mpt(), EAGER),
     Case("mpt", "clipped and steep", mpt(heads=6, d_model=48, clip_qkv=1.0, alibi_bias_max=16), corrected(steep)),
@@ -265,10 +213,8 @@ CASES = [
         bloom(seed=3, hidden_size=48, n_head=6, apply_residual_connection_post_layernorm=True),
         EAGER,
     ),
-    Case("bloom", "hub names", respelled(bloom(), tensors=without_prefix), plain_eager),
     Case("opt", "plain", opt()),
     Case("opt", "350m", opt(seed=1, do_layer_norm_before=False, word_embed_proj_dim=32)),
-    Case("opt", "hub names", respelled(opt(), tensors=without_prefix), plain),
     Case(
         "galactica",
         "no biases",
