@@ -195,16 +195,6 @@ def await_events(answer: httpx.Response) -> list[Any]:
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
         (
             {
-                "role": "user",
-                "content": [
-                    {"type": "text", "text": "a"},
-                    {"type": "image_url", "image_url": {"url": "http://x/y", "detail": "low"}},
-                ],
-            },
-            "a![](http://x/y)",
-        ),
-        (
-            {
                 "role": "tool",
                 "tool_calls": [{"id": "0", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
             },

@@ -6,10 +6,11 @@ from typing import Any
 
 import msgspec
 
-from textmill.api.openai_schema import ChatRequest, CompletionRequest, Message, ToolCall
+from textmill.api.openai_schema import ChatRequest, CompletionRequest, ImagePart, Message, ToolCall
 from textmill.api.schema import GenerateParameters
 from textmill.api.state import RouterState
 from textmill.errors import InvalidRequest, TemplateFailed, ToolFailed
+from textmill.text.chat import image_markdown
 
 
 def refuse_unbuilt(body: ChatRequest) -> None:
@@ -24,10 +25,35 @@ def refuse_unbuilt(body: ChatRequest) -> None:
 
 
 def templated(state: RouterState, body: ChatRequest) -> str:
-    """The conversation as the model's chat template writes it. Raises TemplateFailed."""
+    """The conversation as the model's chat template writes it. Raises TemplateFailed, InvalidRequest."""
     if state.chat_template is None:
         raise TemplateFailed("template not found")
-    return state.chat_template.render([message_of(one) for one in body.messages])
+    messages = [message_of(one) for one in body.messages]
+    addresses = [part.image_url.url for part in image_parts(body)]
+    if state.sight is None:
+        if addresses:
+            raise InvalidRequest(f"image modality is not supported: {state.info.model_type} models take text only")
+        return state.chat_template.render(messages)
+    if not state.chat_template.uses_parts:
+        return state.chat_template.render(messages)  # images are Markdown in its text
+    return addressed(state.chat_template.render(messages, parts=True), addresses, state.sight.token)
+
+
+def image_parts(body: ChatRequest) -> list[ImagePart]:
+    parts = [part for one in body.messages if isinstance(one.content, list) for part in one.content]
+    return [part for part in parts if isinstance(part, ImagePart)]
+
+
+def addressed(text: str, addresses: list[str], token: str) -> str:
+    """The text with the template's image tokens, in order, as Markdown again. InvalidRequest if there are others."""
+    pieces = text.split(token)
+    if len(pieces) != len(addresses) + 1:
+        shown = len(pieces) - 1
+        raise InvalidRequest(
+            f"`messages` have {len(addresses)} images, but their text or template has {token} {shown} times"
+        )
+    marked = [piece + image_markdown(address) for piece, address in zip(pieces, addresses, strict=False)]
+    return "".join((*marked, pieces[-1]))
 
 
 def message_of(message: Message) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class ImageUrl(Struct):
 
 
 class ImagePart(Struct, tag_field="type", tag="image_url"):
-    """A picture by address; text models see its address as Markdown."""
+    """A picture by address, for models that see."""
 
     image_url: ImageUrl
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from textmill.errors import TemplateFailed
 from textmill.text.sandbox import Sandbox
 
 Message = Mapping[str, Any]
+PARTS = re.compile(r"""\[['"]type['"]\]|\.type\b|selectattr\(\s*['"]type['"]""")
 Result = TypeVar("Result")
 
 
@@ -33,20 +35,29 @@ class ChatTemplate:
         """True if the template itself shows tools to the model."""
         return self.source is not None and "tools" in self.source
 
+    @property
+    def uses_parts(self) -> bool:
+        """True if the template goes through the parts of a message, and so shows nothing of a plain text."""
+        return self.source is not None and PARTS.search(self.source) is not None
+
     def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        parts: bool = False,
     ) -> str:
-        """The prompt. If the last message is the assistant's, it ends right after it: the model continues that."""
+        """The prompt. If the last message is the assistant's, it ends right after it: the model continues that.
+
+        `parts`: the template sees contents as lists of parts, images without their addresses.
+        """
         template = self._template
         if template is None:
             raise TemplateFailed("template not found")
         flat = [flatten(message) for message in messages]
         variables = {
             **self._tokens,
-            "messages": flat,
+            "messages": [in_parts(message) for message in messages] if parts else flat,
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -67,10 +78,24 @@ def flatten(message: Message) -> dict[str, str]:
     return {"role": message["role"], "content": content}
 
 
+def in_parts(message: Message) -> dict[str, Any]:
+    """A message as templates of models that see want it: every content a list of parts."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return {"role": message["role"], "content": [{"type": "text", "text": flatten(message)["content"]}]}
+    shown = [{"type": "image"} if one.get("type") == "image_url" else dict(one) for one in content]
+    return {"role": message["role"], "content": shown}
+
+
 def _part(part: Mapping[str, Any]) -> str:
     if part.get("type") == "image_url":
-        return f"![]({part['image_url']['url']})"
+        return image_markdown(part["image_url"]["url"])
     return str(part["text"])
+
+
+def image_markdown(url: str) -> str:
+    """A bracket in the address would end it."""
+    return f"![]({url.replace(')', '%29')})"
 
 
 def _continue(prompt: str, content: str) -> str:
