@@ -52,7 +52,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _tensor(self, name: str, rows: Indices | None, inputs: Indices | None) -> NDArray[np.float32]:
         stored = self._tensors[name]
-        values = self._turned(stored, rows) if stored.transposed else self._stacked(stored, rows)
+        values = self._stacked(stored, rows)
         if stored.fix is not None:
             values = stored.fix(values)
         if inputs is None:
@@ -64,14 +64,6 @@ class GgufCheckpoint(Checkpoint):
         read = [self._floats(piece) for piece in pieces]
         values = read[0] if len(read) == 1 else np.concatenate(read)
         return values if order is None else values[order]
-
-    def _turned(self, stored: Stored, rows: Indices | None) -> NDArray[np.float32]:
-        """Rows of [experts x inputs, outputs] out of what is stored [experts, outputs, inputs]."""
-        count, outputs, inputs = stored.tensor.shape
-        values = self._stacked(stored, None).reshape(count, outputs, inputs).swapaxes(1, 2).reshape(-1, outputs)
-        if rows is None:
-            return np.ascontiguousarray(values)
-        return np.ascontiguousarray(values[as_slice(rows) if isinstance(rows, range) else rows])
 
     def _floats(self, part: Rows) -> NDArray[np.float32]:
         tensor = part.tensor

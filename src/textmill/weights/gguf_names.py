@@ -248,9 +248,11 @@ _ROWS = (
             "attn_qkv": "norm_attn_norm.attn.Wqkv",
             "attn_output": "norm_attn_norm.attn.out_proj",
             "ffn_gate_inp": "ffn.router.layer",
-            "ffn_gate_exps": "ffn.experts.mlp.w1",
-            "ffn_up_exps": "ffn.experts.mlp.v1",
-            "ffn_down_exps": "ffn.experts.mlp.w2",
+        },
+        experts={  # the hub has all experts' in one tensor
+            "ffn_gate_exps": "ffn.experts.mlp.{}.w1",
+            "ffn_up_exps": "ffn.experts.mlp.{}.v1",
+            "ffn_down_exps": "ffn.experts.mlp.{}.w2",
         },
     ),
     Family(

@@ -35,14 +35,13 @@ class Rows:
 class Stored:
     """One of our tensors: stored rows stacked, row i of ours being row `order[i]` of the stack (None: in order).
 
-    `shape` is ours. `fix` changes the values; `transposed`: the last two dimensions are stored the other way round.
+    `shape` is ours. `fix` changes the values.
     """
 
     shape: tuple[int, ...]
     parts: tuple[Rows, ...]
     order: Order | None = None
     fix: Callable[[Floats], Floats] | None = None
-    transposed: bool = False
 
     @property
     def tensor(self) -> GgufTensor:
@@ -52,7 +51,7 @@ class Stored:
     @property
     def is_matrix(self) -> bool:
         """True if its rows can be multiplied with as they are stored, packed."""
-        return len(self.shape) == 2 and self.fix is None and not self.transposed
+        return len(self.shape) == 2 and self.fix is None
 
     def places(self, rows: Indices | None) -> tuple[list[Rows], Order | None]:
         """What to read for these rows of ours, one after the other, and which of what was read to take."""
@@ -124,8 +123,7 @@ def named(
     elif name.stem in stems_of(family, name):
         ours = stems_of(family, name)[name.stem]
         stored = fixed(family, name.stem, tensor, reordered(file, family, c, tensor, name))
-        flat = len(tensor.shape) == 3  # stacked experts that our checkpoints hold as one matrix, named without leaf
-        yield (place + ours, flattened(stored, name.stem)) if flat else (place + ours + leaf, stored)
+        yield place + ours + leaf, stored
     else:
         yield tensor.name, whole(tensor)
 
@@ -155,13 +153,6 @@ def stacked(parts: list[Stored]) -> Stored:
     ]
     shape = (int(starts[-1]), *parts[0].shape[1:])
     return Stored(shape, tuple(row for part in parts for row in part.parts), np.concatenate(orders))
-
-
-def flattened(stored: Stored, stem: str) -> Stored:
-    """A stack [experts, a, b] as one matrix [experts x a, b], the way down stored [experts, b, a]."""
-    count, rows, inputs = stored.shape
-    down = stem == "ffn_down_exps"
-    return replace(stored, shape=(count * inputs, rows) if down else (count * rows, inputs), transposed=down)
 
 
 def reordered(file: GgufFile, family: Family, c: ModelConfig, tensor: GgufTensor, name: Name) -> Stored:
