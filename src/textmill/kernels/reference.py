@@ -115,7 +115,7 @@ def experts(
     down: Sequence[Array | PackedMatrix],
     spec: ExpertsSpec,
 ) -> torch.Tensor:
-    """Sum over a row's experts, the best first, of weight * down(act(gate(x)) * up(x)); an expert sees its rows only."""
+    """Sum over a row's experts, the best first, of weight * down(act(gate(x)) * up(x)); experts see only their rows."""
     weights, chosen = route(scores, spec)
     answers = x.new_zeros(*chosen.shape, x.shape[-1])
     for number in sorted(set(chosen.flatten().tolist())):
@@ -219,3 +219,21 @@ def attend(
         outputs.append(attend_one(q[own], past[0], past[1], start, spec, first * size))
         row += count
     return torch.cat(outputs).flatten(1).to(qkv.dtype)
+
+
+def attend_both(qkv: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Every row of one text over all of them: [rows, heads * head_dim]; `relative` [heads, 2 n - 1] by key - query."""
+    q, k, v = split_qkv(qkv, torch.arange(qkv.shape[0]), spec)
+    scores = torch.einsum("ihd,jhd->hij", q * spec.scale, k)
+    if spec.relative is not None:
+        place = torch.arange(qkv.shape[0])
+        furthest = spec.relative.shape[1] // 2
+        scores = scores + floats(spec.relative)[:, (place - place[:, None]).clamp(-furthest, furthest) + furthest]
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1).to(qkv.dtype)
+
+
+def attend_encoded(q: torch.Tensor, kv: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Rows q [rows, heads * head_dim] over an encoder's keys and values [tokens, k | v], without mask or bias."""
+    k, v = kv.float().reshape(kv.shape[0], 2, spec.heads, spec.head_dim).unbind(1)
+    scores = torch.einsum("ihd,jhd->hij", q.float().reshape(-1, spec.heads, spec.head_dim) * spec.scale, k)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1).to(q.dtype)

@@ -92,6 +92,7 @@ class Attention:
         k_norm: RMSNorm | LayerNorm | None = None,
         alibi: Array | None = None,
         key_bias: Array | None = None,
+        relative: Array | None = None,
     ) -> None:
         self.qkv = qkv
         self.out = out
@@ -105,6 +106,7 @@ class Attention:
             softcap=softcap,
             alibi=alibi,
             key_bias=key_bias,
+            relative=relative,
             rope_cos=rope.cos if rope else None,
             rope_sin=rope.sin if rope else None,
             rope_interleaved=rope.interleaved if rope else False,

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from textmill.layers.attention import Attention
 from textmill.layers.memory import Memory
-from textmill.layers.types import Context, Hidden
+from textmill.layers.types import Context, EncoderContext, Hidden
 
 
 class Block(Protocol):
@@ -21,6 +21,13 @@ class Attending(Protocol):
     """A layer that keeps keys and values."""
 
     attn: Attention
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """A model with an encoder: what its decoder's layers remember of a text, [rows, k | v] by layer number."""
+
+    def encode(self, ctx: EncoderContext) -> list[Hidden]: ...
 
 
 class CausalLM:

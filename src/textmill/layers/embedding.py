@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from textmill.kernels import dispatch
 from textmill.layers.linear import Linear, Matrix, bias, matrix, unit_rows
-from textmill.layers.types import Context, Hidden, hidden
+from textmill.layers.types import Context, EncoderContext, Hidden, hidden
 from textmill.parallel.group import ALONE
 from textmill.weights.view import View
 
@@ -20,7 +20,7 @@ class Embedding:
         self.group = ALONE if rows is None else w.group
         self.scale = scale
 
-    def __call__(self, ctx: Context) -> Hidden:
+    def __call__(self, ctx: Context | EncoderContext) -> Hidden:
         return self.group.all_reduce(ctx.embed(self.table, self.scale))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from textmill.kernels.native import plain
 from textmill.kernels.spec import Array
 from textmill.layers.types import Context, Hidden
+from textmill.weights.config import ModelConfig
 from textmill.weights.view import View
 
 
@@ -45,6 +47,29 @@ def alibi_key_bias(heads: int, positions: int, head_dim: int) -> NDArray[np.floa
     """
     slopes, places = (_bfloat16(values)[:, None] for values in (alibi_slopes(heads), np.arange(positions)))
     return _bfloat16(slopes * places.T) * np.float32(head_dim**-0.5)
+
+
+def distance_bias(c: ModelConfig, w: View, *, both: bool) -> NDArray[np.float32]:
+    """A learned bias per head and bucket of distances, spread out: [heads, distances] (see `AttentionSpec.relative`).
+
+    `both` ways: by key minus query, from -(n - 1) to n - 1; else by query minus key, from 0. Raffel et al. 2020.
+    """
+    table: NDArray[np.float32] = plain(w.tensor("relative_attention_bias.weight"), np.float32)
+    longest = int(c.real("relative_attention_max_distance") or 128)
+    backward = np.arange(longest + 1)
+    if not both:
+        return np.ascontiguousarray(table[_buckets(backward, len(table), longest)].T)
+    half = len(table) // 2  # keys behind the query, then those before it
+    found = _buckets(backward, half, longest)
+    return np.ascontiguousarray(table[np.concatenate([found[::-1], half + found[1:]])].T)
+
+
+def _buckets(distance: NDArray[np.int64], count: int, longest: int) -> NDArray[np.int64]:
+    """The first half of the buckets for a distance each, the others for ranges that grow up to `longest`."""
+    exact = count // 2
+    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
+    growing = exact + (ratio / np.float32(np.log(longest / exact)) * np.float32(count - exact)).astype(np.int64)
+    return np.where(distance < exact, distance, np.minimum(growing, count - 1))
 
 
 def _series(count: int, largest: float) -> NDArray[np.float32]:

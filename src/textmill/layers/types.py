@@ -39,6 +39,16 @@ class Encoder(Protocol):
     def __call__(self, pixels: Tensor, size: tuple[int, int], /) -> Tensor: ...
 
 
+class EncoderContext(Protocol):
+    """One text as an encoder's layers see it, all of its tokens at once."""
+
+    def embed(self, table: Stored, scale: float = 1.0) -> Hidden:
+        """Rows of the embedding table for the text's tokens: [rows, table columns]."""
+
+    def attend_both(self, qkv: Hidden, spec: AttentionSpec) -> Hidden:
+        """Every row attends over all; `spec.relative` [heads, 2 n - 1]: by key minus query, -(n - 1) .. n - 1."""
+
+
 class Context(Protocol):
     """A step as layers see it. Eager contexts compute, a recording one writes the operation down."""
 
@@ -50,6 +60,9 @@ class Context(Protocol):
 
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
         """Rotates and stores this step's keys and values, attends over the sequence's: [rows, heads x head_dim]."""
+
+    def attend_encoded(self, q: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
+        """Attends over what the sequence's encoder remembers for a layer: [rows, heads x head_dim]."""
 
     def convolve(self, x: Hidden, state: int, spec: ConvolutionSpec) -> Hidden:
         """Of the first columns of x, as many as there are channels, with the sequence's last inputs (state `state`)."""

@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen3": "qwen3",
     "santacoder": "santacoder",
     "starcoder2": "starcoder2",
+    "t5": "t5",
 }
 
 

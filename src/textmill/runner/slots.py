@@ -52,13 +52,16 @@ class SlotTables:
         self.top_n = column(np.int32)
         self.prompt_logprobs = column(np.uint8)
         self.images: dict[int, tuple[Image, ...]] = {}  # of slots that show any
+        self.sources: dict[int, tuple[int, ...]] = {}  # what their encoder reads, of slots whose model has one
         self.told: list[Step] | None = None  # what other ranks have yet to apply to their tables
 
     def show(self, step: Step) -> None:
-        """Which images the slots show from this step on."""
+        """Which images the slots show, and which texts stand beside them, from this step on."""
         for slot in (*step.releases, *(admission.slot for admission in step.admissions)):
             self.images.pop(slot, None)
+            self.sources.pop(slot, None)
         self.images.update((one.slot, one.images) for one in step.admissions if one.images)
+        self.sources.update((one.slot, one.encoder_tokens) for one in step.admissions if one.encoder_tokens)
 
 
 def apply(step: Step, tables: Tables) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from textmill.core import Sampled, SlotWork
 from textmill.kernels import recurrence, reference
-from textmill.kernels.native import NativeWeight
 from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Context, Encoder, Hidden, Stored
-from textmill.quant.packed import Packed
 from textmill.runner.choosing import finish, wanted_count, wanted_rows
+from textmill.runner.encoded import Encoded
+from textmill.runner.lookup import looked_up
 from textmill.runner.pictures import Pictures
 from textmill.runner.slots import SlotTables
 
@@ -35,7 +35,9 @@ class EagerContext:
         cache: list[tuple[Tensor, Tensor]],
         states: Sequence[Tensor] = (),
         pictures: Pictures | None = None,
+        encoded: Encoded | None = None,
     ) -> None:
+        self._encoded = encoded
         self._pictures = pictures or Pictures(tables.images)
         self._work = [(w.slot, w.start, w.count) for w in work]
         self._block_table = torch.from_numpy(tables.block_table)
@@ -47,11 +49,7 @@ class EagerContext:
         self._wanted = torch.tensor(wanted_rows(work, tables), dtype=torch.int64)
 
     def embed(self, table: Stored, scale: float = 1.0) -> Tensor:
-        if table.part is None:
-            return looked_up(table, self._tokens) * scale
-        rows = self._tokens - table.part.start
-        ours = (rows >= 0) & (rows < len(table.part))
-        return torch.where(ours[:, None], looked_up(table, rows.where(ours, 0)) * scale, 0.0)
+        return looked_up(table, self._tokens) * scale
 
     def embed_positions(self, table: Array, offset: int = 0) -> Tensor:
         return reference.floats(table)[self._positions + offset]
@@ -59,6 +57,11 @@ class EagerContext:
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache[layer]
         return reference.attend(qkv, keys, values, self._block_table, self._work, spec)
+
+    def attend_encoded(self, q: Hidden, layer: int, spec: AttentionSpec) -> Tensor:
+        if self._encoded is None:
+            raise TypeError("this step has no encoder")
+        return self._encoded.attend(q, self._work, layer, spec)
 
     def convolve(self, x: Hidden, state: int, spec: ConvolutionSpec) -> Tensor:
         return recurrence.convolve(x, self._states[state], self._work, spec)
@@ -73,16 +76,6 @@ class EagerContext:
         return x[self._wanted]
 
 
-def looked_up(table: Stored, rows: Tensor) -> Tensor:
-    """Rows of an embedding table, float32."""
-    matrix = table.form_for(rows)
-    if isinstance(matrix, Packed):
-        return torch.from_numpy(matrix.take(rows.numpy()).dequantize())
-    if isinstance(matrix, NativeWeight):
-        raise TypeError("an eager step needs a plain table")
-    return torch.as_tensor(matrix)[rows]
-
-
 class TorchExecutor:
     """Runs the model's own Python on every step; keys and values are float32."""
 
@@ -95,6 +88,7 @@ class TorchExecutor:
     ) -> None:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)
         self._pictures = Pictures(self.tables.images)
+        self._encoded = Encoded(model, self.tables.sources)
         self.compute_seconds = 0.0
         self.logits = torch.empty(0)  # of the last step's wanted rows, for tests
         self.memory = model.memory
@@ -123,7 +117,9 @@ class TorchExecutor:
         started = time.perf_counter()
         if self._states:
             self._clear([item.slot for item in work if item.start == 0])
-        logits = self._model(EagerContext(work, self.tables, self._cache, self._states, self._pictures))
+        self._encoded.refresh(work)
+        context = EagerContext(work, self.tables, self._cache, self._states, self._pictures, self._encoded)
+        logits = self._model(context)
         self.compute_seconds += time.perf_counter() - started
         return logits
 

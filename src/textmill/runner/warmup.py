@@ -21,7 +21,8 @@ def warm_up(executor: Executor, limits: RunnerLimits) -> float:
     count = max(1, min(PROMPT_TOKENS, limits.max_total_tokens - 1, limits.max_step_tokens))
     blocks = tuple(range(-(-(count + 1) // limits.block_size)))
     tokens = tuple(i % limits.vocab_size for i in range(count))
-    admission = Admission(0, tokens, Sampling(do_sample=True, top_k=4, top_p=0.9, seed=1))
+    sampling = Sampling(do_sample=True, top_k=4, top_p=0.9, seed=1)
+    admission = Admission(0, tokens, sampling, encoder_tokens=tokens if limits.encodes else ())
     first = (SlotWork(0, 0, count, True),)
     second = (SlotWork(0, count, 1, True),)
     for step in (Step(0, first, (admission,), (), ((0, 0, blocks),)), Step(1, second)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 
-from tests.models.parity import Case, transformers_oracle
+from tests.models.parity import Case, Oracle, source_of, transformers_oracle
 from tests.models.tiny import Make, random_checkpoint
 
 PLAIN = transformers_oracle("eager")
@@ -50,7 +52,50 @@ def as_the_authors_name_it(make: Make) -> Make:
     return written
 
 
+def t5(**changes: Any) -> Make:
+    fields = {"vocab_size": 160, "d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    buckets = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 48}
+    given = fields | special | buckets | changes
+    return random_checkpoint("t5", model_class=AutoModelForSeq2SeqLM, adjust=sharp_distances, **given)
+
+
+def sharp_distances(model: Any) -> None:
+    """Distances that matter; and scores of usual size, which T5 does not scale down."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.normal_(0, 2.0, generator=generator)
+        elif name.endswith((".q.weight", ".k.weight")):
+            parameter.mul_(0.5)
+        elif name.endswith("EncDecAttention.o.weight"):  # or all that follows would be the source's
+            parameter.mul_(0.3)
+
+
+def decoder_of(folder: Path) -> Oracle:
+    """The decoder's logits, beside what `source_of` lets the encoder read."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def logits(prompt: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            source, target = (torch.tensor([[*ids]]) for ids in (source_of(prompt), (*prompt, *continuation)))
+            found = model(input_ids=source, decoder_input_ids=target, use_cache=False).logits
+        return found[0, len(prompt) - 1 :].float()
+
+    return logits
+
+
+NO_ENCODER = "the native program has no encoder, nor a bias by distance"
+
 CASES = [
+    Case("t5", "v1.0: tied, scaled, ReLU", t5(embedding=0.1, final=10.0), decoder_of, not_native=NO_ENCODER),
+    Case(
+        "t5",
+        "v1.1: gated, own head, 3 + 2 layers",
+        t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=3, num_decoder_layers=2),
+        decoder_of,
+        not_native=NO_ENCODER,
+    ),
     Case("mamba", "tied", mamba(), PLAIN, not_native=NO_SCAN, no_prefix_cache=STATE),
     Case(
         "mamba",
