@@ -36,7 +36,6 @@ QUANTIZE = (
     "bitsandbytes-fp4",
     "fp8",
 )
-SHARDS = "tensor parallelism"
 CUDA_GRAPHS = (1, 2, 4, 8, 16, 32)
 
 
@@ -163,6 +162,10 @@ class Settings:
     kernels: str = setting(
         "auto", COMPUTE, "Native kernels, or plain torch (the slow reference).", choices=("auto", "native", "torch")
     )
+    num_shard: int | None = setting(
+        None, COMPUTE, "Ranks (processes) over which the model is split.", default_help="1: no splitting"
+    )
+    sharded: bool | None = setting(None, COMPUTE, "True insists on more than one rank.")
     disable_custom_kernels: bool = setting(False, COMPUTE, "The same as --kernels torch.")
 
     allow_remote_images: tuple[str, ...] = setting(
@@ -210,14 +213,10 @@ class Settings:
         False, NO_EFFECT, "Prompt log-probabilities are always to be had (`decoder_input_details`)."
     )
     disable_grammar_support: bool = setting(False, NO_EFFECT, "Grammars are refused as long as they are not built.")
+    master_addr: str = setting("localhost", NO_EFFECT, "The ranks meet in a private folder, not over the network.")
+    master_port: int = setting(29500, NO_EFFECT, "The ranks meet in a private folder, not over the network.")
     usage_stats: str = setting("on", NO_EFFECT, "Nothing is ever sent anywhere.", choices=("on", "off", "no-stack"))
 
-    sharded: bool | None = setting(
-        None, NOT_BUILT, "Force or forbid tensor parallelism (true or false).", built=SHARDS, works=(False,)
-    )
-    num_shard: int | None = setting(None, NOT_BUILT, "Number of ranks.", built=SHARDS, works=(1,))
-    master_addr: str = setting("localhost", NOT_BUILT, "Meeting point of the ranks.", built=SHARDS)
-    master_port: int = setting(29500, NOT_BUILT, "Port of the meeting point.", built=SHARDS)
     kv_cache_dtype: str | None = setting(
         None, NOT_BUILT, "Narrow KV cache.", choices=("fp8_e4m3fn", "fp8_e5m2"), built="8-bit KV caches"
     )

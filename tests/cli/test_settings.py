@@ -75,7 +75,6 @@ NAMES = [row[0] for row in TGI]
 NOT_BUILT = {
     "--quantize gptq": {"quantize": "gptq"},
     "--dtype bfloat16": {"dtype": "bfloat16"},
-    "--num-shard 2": {"num_shard": 2},
     "--kv-cache-dtype fp8_e5m2": {"kv_cache_dtype": "fp8_e5m2"},
     "--trust-remote-code": {"trust_remote_code": True},
     "--cuda-graphs 1,2": {"cuda_graphs": (1, 2)},
@@ -92,6 +91,8 @@ NOT_BUILT = {
 STILL_WORKS = [
     {"sharded": False},
     {"num_shard": 1},
+    {"sharded": True, "num_shard": 2},
+    {"master_port": 1234},
     {"speculate": 0},
     {"speculate": 6},
     {"cuda_graphs": (0,)},

@@ -18,7 +18,7 @@ def check_two_ranks(prepared: Prepared, pair: Pair) -> None:
     """A prompt in three chunks, then three sequences decoded together."""
     prompt = prepared.prompt(100, 1)
     expected = prepared.prompt_logits(prompt)
-    executor = pair.executor(prepared.folder, *SIZES)
+    executor = pair.executor(prepared.folder, SIZES)
     admit(executor, 0, prompt, all_logits=True)
     for start, count in ((0, 37), (37, 50), (87, 13)):
         executor.run([SlotWork(0, start, count, False)])

@@ -30,7 +30,8 @@ class Pair:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self.channel = Channel(ours)
-        self.group = Ranks(0, 2, folder / "meeting")
+        self.group = Ranks(0, 2)
+        self.group.join(folder / "meeting")
         self._busy = False
 
     def __enter__(self) -> Pair:
@@ -44,7 +45,7 @@ class Pair:
         self.process.wait()
         self.group.close()
 
-    def executor(self, path: Path, *sizes: int, dequantize: bool = False) -> LeadingExecutor:
+    def executor(self, path: Path, sizes: tuple[int, int, int, int], *, dequantize: bool = False) -> LeadingExecutor:
         """`sizes`: slots, total tokens, block size and blocks."""
         self.finish()
         checkpoint = open_checkpoint(path, dequantize=dequantize)
@@ -55,7 +56,7 @@ class Pair:
         self.process.stdin.flush()
         assert self.channel.receive() == Plan(0, 0)
         self._busy = True
-        return LeadingExecutor(model, *sizes, peers=[self.channel])
+        return LeadingExecutor(model, *sizes, [self.channel])
 
     def finish(self) -> list[str]:
         """Tensors that the second rank never read."""

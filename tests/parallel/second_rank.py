@@ -26,7 +26,8 @@ from textmill.weights.view import View
 
 die_with(os.getppid(), "second-rank")
 torch.set_num_threads(1)
-group = Ranks(1, 2, Path(sys.argv[2]))
+group = Ranks(1, 2)
+group.join(Path(sys.argv[2]))
 leader = Channel(socket.socket(fileno=int(sys.argv[1])))
 for line in sys.stdin:
     job = json.loads(line)

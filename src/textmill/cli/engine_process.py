@@ -19,8 +19,10 @@ from textmill.errors import TextmillError
 from textmill.observe import logs
 
 if TYPE_CHECKING:
+    from textmill.cli.ranks import RankProcesses
     from textmill.core import EngineInfo
     from textmill.engine.engine import Engine
+    from textmill.runner.runner import LocalRunner
 
 log = logging.getLogger(__name__)
 
@@ -34,30 +36,47 @@ def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int)
     status = StatusPipe(status_fd)
     handed = read_handed(Path(settings))
     adopt("engine", handed.settings)
+    ranks = start_ranks(handed, Path(settings), Path(socket), status)
     try:
-        engine, info = build(handed, status)
+        engine, info = build(handed, status, ranks)
         asyncio.run(serve(engine, info, Path(socket), handed.settings, status))
     except TextmillError as error:
         log.debug("the engine ends", exc_info=error)
-        status.fail(error.message)
+        status.fail(error.message if ranks is None else ranks.named(error.message))
         leave(1)
     except Exception as error:
         # Fault boundary: a bug. The launcher shows one line, the log keeps the rest.
         log.exception("the engine ends by an error of its own")
-        status.fail(f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        status.fail(reason if ranks is None else ranks.named(reason))
         leave(1)
     leave(0)
 
 
-def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
-    """The engine with its warm runner. Raises ConfigError, ModelError."""
+def start_ranks(handed: Handed, settings: Path, socket: Path, status: StatusPipe) -> RankProcesses | None:
+    """The engine's other ranks, watched: when one ends, the engine does as well."""
+    size = handed.settings.num_shard or 1
+    if size == 1:
+        return None
+    from textmill.cli.ranks import LAST_WORDS, RankProcesses
+
+    def on_end(reason: str) -> None:
+        log.error("%s; the engine cannot go on without it", reason)
+        time.sleep(LAST_WORDS)  # what runs fails by itself, and says so to its clients
+        status.fail(reason)
+        leave(1)
+
+    ranks = RankProcesses(settings, socket, size)
+    ranks.watch(on_end)
+    return ranks
+
+
+def build(handed: Handed, status: StatusPipe, ranks: RankProcesses | None = None) -> tuple[Engine, EngineInfo]:
+    """The engine with its warm runner. Raises ConfigError, ModelError; with ranks also RankLost."""
     from textmill.engine.engine import Engine
     from textmill.engine.scheduler import EngineSettings
-    from textmill.runner.build import build_runner
-    from textmill.weights.source import ModelSource
 
-    source = ModelSource(**(handed.source | {"path": Path(handed.source["path"])}))
-    runner, info = build_runner(handed.settings, source, status.report)
+    runner, info = build_runner(handed, status, ranks)
     settings = EngineSettings(
         max_batch_prefill_tokens=info.max_batch_prefill_tokens,
         max_total_tokens=info.max_total_tokens,
@@ -67,6 +86,19 @@ def build(handed: Handed, status: StatusPipe) -> tuple[Engine, EngineInfo]:
         speculate=handed.settings.speculate or 0,
     )
     return Engine(runner, settings), info
+
+
+def build_runner(handed: Handed, status: StatusPipe, ranks: RankProcesses | None) -> tuple[LocalRunner, EngineInfo]:
+    from textmill.weights.source import ModelSource
+
+    source = ModelSource(**(handed.source | {"path": Path(handed.source["path"])}))
+    if ranks is None:
+        from textmill.runner import build
+
+        return build.build_runner(handed.settings, source, status.report)
+    from textmill.runner.sharded import build_leader
+
+    return build_leader(handed.settings, source, status.report, ranks.channels, ranks.meeting)
 
 
 async def serve(engine: Engine, info: EngineInfo, socket: Path, settings: Settings, status: StatusPipe) -> None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "launch": ("textmill.cli.launch", "Serve a model over HTTP."),
     "download-weights": ("textmill.cli.download", "Fetch a model into the cache and end."),
     "serve-engine": ("textmill.cli.engine_process", "The model side alone (started by launch)."),
+    "serve-shard": ("textmill.cli.shard_process", "One more rank of an engine (started by serve-engine)."),
     "router": ("textmill.cli.router_process", "The web side alone (started by launch)."),
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from textmill.errors import ConfigError
+from textmill.errors import ConfigError, TextmillError
 
 Value = TypeVar("Value")
 
 
-class RankLost(Exception):
+class RankLost(TextmillError):
     """Another rank is gone or does not answer: nothing can be computed any more. Says what was noticed."""
 
 

@@ -18,23 +18,26 @@ Value = TypeVar("Value")
 
 
 class Ranks(Group):
-    """One of `size` processes that meet at a file, which only they may open; the constructor waits for all of them.
+    """One of `size` processes; what they hold is known at once, what they exchange waits for `join`."""
 
-    `seconds` bound the meeting and every exchange; RankLost when one takes longer or another rank is gone.
-    """
-
-    def __init__(self, rank: int, size: int, meeting: Path, *, seconds: float = 60.0, device: str = "cpu") -> None:
+    def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+
+    def join(self, meeting: Path, *, seconds: float = 60.0, device: str = "cpu") -> None:
+        """Waits for the other ranks at a file that only they may open.
+
+        `seconds` bound that, and every exchange later on: RankLost if it takes longer, or if another rank is gone.
+        """
         # Ranks are processes of one machine; gloo would listen where the host's name points, and it asks for no key.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "nccl" if device == "cuda" else "gloo"  # NCCL: untested
         limit = timedelta(seconds=seconds)
         try:
-            store = FileStore(str(meeting), size)
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            store = FileStore(str(meeting), self.size)
+            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         except RuntimeError as error:
-            raise RankLost(f"rank {rank} does not find the others: {first_line(error)}") from error
+            raise RankLost(f"rank {self.rank} does not find the others: {first_line(error)}") from error
 
     def all_reduce(self, x: Value) -> Value:
         values = tensor_of(x, "sum over ranks")

@@ -22,10 +22,9 @@ class Plan(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):
-    """A rank's last words: why it gives up. `asked`: for a reason that the user can do something about."""
+    """A rank's last words: why it gives up."""
 
     reason: str
-    asked: bool = False
 
 
 class Order(msgspec.Struct, tag=True, frozen=True):
