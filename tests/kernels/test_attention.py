@@ -77,6 +77,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "q_norm": torch.linspace(0.5, 1.5, 144).view(6, 24),
         "k_norm": torch.linspace(1.5, 0.5, 48).view(2, 24),
     },
+    "layer_norm_over_all": {
+        "head_norm": "layer",
+        "q_norm": torch.linspace(0.5, 1.5, 144),
+        "k_norm": torch.linspace(1.5, 0.5, 48),
+        "q_norm_bias": torch.linspace(-1, 1, 144),
+        "k_norm_bias": torch.linspace(1, -1, 48),
+    },
     "no_group": {"heads": 3, "kv_heads": 3},
     "one_kv_head": {"heads": 8, "kv_heads": 1, "dim": 64},
     "many_in_a_group": {"heads": 60, "kv_heads": 1, "dim": 8},

@@ -197,9 +197,6 @@ class Program:
 
     def attend(self, qkv: Rows, layer: int, spec: AttentionSpec) -> Rows:
         """Stores the rows' keys and values in layer `layer` of the cache and attends over it (see AttentionSpec)."""
-        norms = [norm for norm in (spec.q_norm, spec.k_norm) if norm is not None]
-        if spec.head_norm == "layer" and any(norm.ndim == 1 and len(norm) != spec.head_dim for norm in norms):
-            raise Unrecordable("layer norm over all heads")
         if spec.key_bias is not None:
             raise Unrecordable("bias of keys")
         if spec.relative is not None:

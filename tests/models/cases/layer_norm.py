@@ -193,7 +193,6 @@ CASES = [
         "normed queries and keys",
         respelled(mpt(), config=mpt_config(qk_ln=True), tensors=with_norms),
         corrected(norms, "plain"),
-        not_native="layer norm over all heads",
         no_ranks="a norm over all heads together cannot be split between ranks",
     ),
     Case(
