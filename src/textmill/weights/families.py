@@ -195,6 +195,15 @@ def _baichuan(raw: Raw) -> Raw:
 
 # Of text models inside larger ones, whose files leave out what is as in transformers' config classes.
 INNER: dict[str, Raw] = {
+    "gemma3_text": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "vocab_size": 262208,
+    },
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": {
         "intermediate_size": 14336,
@@ -223,6 +232,7 @@ def _with_text_config(raw: Raw) -> Raw:
 
 
 REWRITES: dict[str, Callable[[Raw], Raw]] = {
+    "gemma3": _with_text_config,
     "llava_next": _with_text_config,
     "idefics2": _with_text_config,
     "gpt2": _gpt2,

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.models.parity import Case, Oracle, load, logits_from, transformers_oracle
-from tests.models.tiny import sized
+from tests.models.tiny import SIZES, Make, random_checkpoint, sized
 
 EAGER = transformers_oracle("eager")  # sdpa leaves soft caps out
 PAIRS = 8  # that turn, of heads of 16 numbers
@@ -132,6 +133,26 @@ GEMMA3: dict[str, Any] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
     },
 }
+
+
+def gemma3_with_tower() -> Make:
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = tower | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7}
+    sizes = SIZES | GEMMA3 | {"head_dim": 32, "pad_token_id": 0, "model_type": "gemma3_text"}
+    return random_checkpoint(
+        "gemma3",
+        model_class=AutoModelForImageTextToText,
+        embedding=0.0125,
+        adjust=lambda model: model.model.language_model.norm.weight.mul_(30),
+        text_config=sizes,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=159,
+        boi_token_index=158,
+        eoi_token_index=157,
+    )
+
+
 GEMMAS = [
     Case("gemma", "one key head", sized("gemma", num_key_value_heads=1, **GEMMA)),
     Case("gemma", "multi-head", sized("gemma", num_key_value_heads=4, **GEMMA)),
@@ -142,6 +163,7 @@ GEMMAS = [
         oracle=EAGER,
     ),
     Case("gemma3_text", "two ropes", sized("gemma3_text", **GEMMA3, **GEMMA)),
+    Case("gemma3", "its text", gemma3_with_tower(), transformers_oracle(model_class=AutoModelForImageTextToText)),
     Case("gemma3_text", "hub names", sized("gemma3_text", **GEMMA3, **GEMMA, rewrite=gemma3_hub_style)),
 ]
 COHERE = [
