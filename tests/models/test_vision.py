@@ -23,7 +23,7 @@ from textmill.core import Admission, Emission, Finish, Image, Request, RunnerLim
 from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
 from textmill.images.cutting import cut
-from textmill.images.recipe import BICUBIC, CLIP_MEAN, CLIP_STD, Recipe
+from textmill.images.recipe import BICUBIC, BILINEAR, CLIP_MEAN, CLIP_STD, HALF, Recipe
 from textmill.models.registry import build_model
 from textmill.runner.runner import LocalRunner
 from textmill.runner.slots import apply
@@ -33,6 +33,7 @@ from textmill.weights.view import View
 
 TOTAL = 480
 STEPS = 24
+SPLIT = Recipe("split", HALF, HALF, BILINEAR, shortest=20, longest=61, splits=True, tokens=vision.LATENTS)
 GRID = Recipe("grid", CLIP_MEAN, CLIP_STD, BICUBIC, side=28, patch=7, choices=tuple(map(tuple, vision.CHOICES)))
 
 
@@ -55,6 +56,18 @@ def grid_inputs(prompt: Prompt, tokens: Sequence[int]) -> dict[str, torch.Tensor
         torch.cat((one := pixels_of(image), torch.zeros(most - len(one), *one.shape[1:]))) for image in prompt.images
     ]
     return {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor([image.size for image in prompt.images])}
+
+
+def padded_inputs(prompt: Prompt, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Pieces padded to the largest of any, with masks of what is not padding."""
+    pieces = [pixels_of(image)[0] for image in prompt.images]
+    height, width = (max(piece.shape[side] for piece in pieces) for side in (1, 2))
+    pixels = torch.zeros(1, len(pieces), 3, height, width)
+    mask = torch.zeros(1, len(pieces), height, width, dtype=torch.long)
+    for place, piece in enumerate(pieces):
+        pixels[0, place, :, : piece.shape[1], : piece.shape[2]] = piece
+        mask[0, place, : piece.shape[1], : piece.shape[2]] = 1
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,13 @@ class Family:
         return Prompt(tuple(tokens), tuple(images))
 
 
-FAMILIES = [Family(case, GRID, vision.IMAGE, grid_inputs) for case in vision.CASES if case.family == "llava_next"]
+def family_of(case: Case) -> Family:
+    if case.family == "idefics2":
+        return Family(case, SPLIT, vision.IMAGE, padded_inputs, vision.FAKE)
+    return Family(case, GRID, vision.IMAGE, grid_inputs)
+
+
+FAMILIES = [family_of(case) for case in vision.CASES]
 
 
 class Seeing:

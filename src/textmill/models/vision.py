@@ -74,6 +74,16 @@ class Norm:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class RootNorm:
+    """RMS norm over the last dimension."""
+
+    def __init__(self, w: View, eps: float) -> None:
+        self.weight, self.eps = tensor(w, "weight"), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Every query sees every key: q [batch, rows, heads x d], k and v [batch, keys, kv_heads x d]; like q."""
     split = ((q, heads), (k, kv_heads), (v, kv_heads))
@@ -122,6 +132,38 @@ class ClipTower:
         for block in self.blocks:
             x = block(x)
             yield x
+
+
+class SiglipTower:
+    """SigLIP's vision transformer (Zhai et al. 2023) for pictures of any shape (Dehghani et al. 2023, NaViT).
+
+    A patch's position is its place in the picture as a fraction, put onto the grid that the tower was trained with.
+    """
+
+    def __init__(self, w: View, *, layers: int, heads: int, hidden_act: str, eps: float) -> None:
+        embeddings = w / "embeddings"
+        self.patches = tensor(embeddings / "patch_embedding", "weight")
+        self.bias = tensor(embeddings / "patch_embedding", "bias")
+        self.positions = tensor(embeddings / "position_embedding", "weight")
+        self.blocks = [EncoderBlock(w / "encoder" / "layers" / i, heads, hidden_act, eps) for i in range(layers)]
+        self.norm = Norm(w / "post_layernorm", eps)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [tiles, 3, height, width] of at least one patch to [tiles, patches, columns]."""
+        x = F.conv2d(pixels, self.patches, self.bias, stride=self.patches.shape[-1])
+        side = round(len(self.positions) ** 0.5)
+        rows, columns = (places(count, side) for count in x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2) + self.positions[(rows[:, None] * side + columns).flatten()]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def places(count: int, side: int) -> Tensor:
+    """Where `count` patches in a row lie on a grid of `side`; in the checkpoints' own float32 arithmetic."""
+    fractions = torch.arange(count, dtype=torch.float32) * (1.0 / torch.tensor(count))
+    borders = torch.arange(1 / side, 1.0, 1 / side)
+    return torch.bucketize(fractions.clamp(max=1.0 - 1e-6), borders, right=True)
 
 
 class SeeingEmbedding:

@@ -44,6 +44,37 @@ def llava_next(text_config: dict[str, Any], **changes: Any) -> Make:
     )
 
 
+FAKE = IMAGE - 1
+LATENTS = 5
+SIGLIP: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 7,
+}
+PERCEIVER: dict[str, Any] = {
+    "hidden_size": 64,
+    "resampler_n_latents": LATENTS,
+    "resampler_depth": 2,
+    "resampler_n_heads": 4,
+    "resampler_head_dim": 12,
+    "num_key_value_heads": 2,
+}
+
+
+def idefics2(text_config: dict[str, Any], **changes: Any) -> Make:
+    fields = {"image_token_id": IMAGE, "vision_config": SIGLIP, "perceiver_config": PERCEIVER}
+    return random_checkpoint(
+        "idefics2",
+        model_class=AutoModelForImageTextToText,
+        adjust=silent,
+        text_config=text_config,
+        **(fields | changes),
+    )
+
+
 CASES = [
     Case("llava_next", "of llama", llava_next(text("llama")), ORACLE, not_native=TORCH),
     Case(
@@ -53,4 +84,5 @@ CASES = [
         ORACLE,
         not_native=TORCH,
     ),
+    Case("idefics2", "of mistral", idefics2(text("mistral", sliding_window=None)), ORACLE, not_native=TORCH),
 ]
