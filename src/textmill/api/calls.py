@@ -186,7 +186,7 @@ class Call:
         self.times.queued = perf_counter()
         self.sequences = [Sequence(self, prompt, sampling, keep) for sampling in prompt.seeds(count)]
         metrics = self.state.metrics
-        metrics.input_length.observe(len(prompt.ids))
+        metrics.input_length.observe(prompt.length)
         metrics.max_new_tokens.observe(prompt.asked_new_tokens)
         return self.sequences
 
@@ -236,7 +236,7 @@ class Call:
             status=status,
             error=cause or "",
             finish="" if first is None else first.finish or "",
-            prompt_tokens=0 if self.prompt is None else len(self.prompt.ids),
+            prompt_tokens=0 if self.prompt is None else self.prompt.length,
             generated_tokens=self.generated,
             seed=None if first is None else first.seed,
             total_ms=round(self.times.total * 1e3, 1),

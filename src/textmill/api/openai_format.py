@@ -143,4 +143,4 @@ class CompletionFormat:
 
     def _last(self, index: int, step: TokenStep, generation: Generation) -> bytes:
         choice = CompletionChoice(index=index, text=step.text, finish_reason=generation.finish or "")
-        return frame(self.whole([choice], usage_of(len(generation.prompt.ids), generation.count)))
+        return frame(self.whole([choice], usage_of(generation.prompt.length, generation.count)))

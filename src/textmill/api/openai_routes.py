@@ -68,7 +68,7 @@ async def _chat_answer(exchange: Exchange, call: Call, body: ChatRequest, text: 
     prompt = await validate(state, text, chat_parameters(body), add_special_tokens=False)
     generations = await call.run(prompt, count)
     style = ChatFormat(heading(state, body.model), bool(body.logprobs))
-    length = len(prompt.ids)
+    length = prompt.length
     headers = timing_headers(state, call.times, len(text), length, call.generated)
     await exchange.json(style.whole(generations, length), headers=headers)
 
@@ -83,7 +83,7 @@ async def _chat_stream(exchange: Exchange, call: Call, body: ChatRequest, text: 
         style = ChatFormat(heading(state, body.model), bool(body.logprobs))
         await _send_all(events, sequences, style)
         if body.stream_options is not None and body.stream_options.include_usage:
-            await events.send(style.usage_frame(len(prompt.ids), call.generated))
+            await events.send(style.usage_frame(prompt.length, call.generated))
 
 
 async def _send_all(events: EventStream, sequences: list[Sequence], style: ChatFormat | CompletionFormat) -> None:
@@ -141,7 +141,7 @@ async def _completion_answer(
         CompletionChoice(index=index, text=one.text, finish_reason=openai_reason(one))
         for index, one in enumerate(generations)
     ]
-    given = sum(len(call.prompt.ids) for call in calls if call.prompt is not None)
+    given = sum(call.prompt.length for call in calls if call.prompt is not None)
     generated = sum(one.count for one in generations)
     answer = CompletionFormat(heading(state)).whole(choices, usage_of(given, generated))
     await exchange.json(answer, headers=_summed_headers(state, calls, prompts))
@@ -150,7 +150,7 @@ async def _completion_answer(
 def _summed_headers(state: RouterState, calls: list[Call], prompts: list[str]) -> list[tuple[bytes, bytes]]:
     """The headers of all calls added up; the type is the first one's, and there is no compute time."""
     rows = [
-        timing_headers(state, call.times, len(text), len(call.prompt.ids), call.generated)
+        timing_headers(state, call.times, len(text), call.prompt.length, call.generated)
         for call, text in zip(calls, prompts, strict=True)
         if call.prompt is not None
     ]

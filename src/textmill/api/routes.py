@@ -70,7 +70,7 @@ async def answer(exchange: Exchange, body: GenerateRequest, in_list: bool) -> No
         text = (body.inputs if parameters.return_full_text else "") + best.text
         wanted = parameters.details or parameters.decoder_input_details
         response = GenerateResponse(text, details_of(best, others) if wanted else UNSET)
-        headers = timing_headers(state, call.times, len(body.inputs), len(prompt.ids), best.count)
+        headers = timing_headers(state, call.times, len(body.inputs), prompt.length, best.count)
         await exchange.json([response] if in_list else response, headers=headers)
 
 
@@ -163,7 +163,7 @@ class NativeEvents:
 
     def __init__(self, sequence: Sequence, body: GenerateRequest) -> None:
         self.generation = sequence.generation
-        self.input_length = len(sequence.prompt.ids)
+        self.input_length = sequence.prompt.length
         self.details = body.parameters.details
         self.before = body.inputs if body.parameters.return_full_text else ""
         self.index = 0

@@ -24,7 +24,10 @@ FLOAT_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A valid request for one prompt: what `sequence` needs to make an engine request of it."""
+    """A valid request for one prompt: what `sequence` needs to make an engine request of it.
+
+    Where prompts go to an encoder, `encoder_ids` are the prompt's, and `ids` what the decoder's text begins with.
+    """
 
     inputs: str
     ids: tuple[int, ...]
@@ -36,6 +39,12 @@ class Prompt:
     prompt_logprobs: bool = False
     ignore_eos: bool = False
     images: tuple[Image, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of what the client sent."""
+        return len(self.encoder_ids or self.ids)
 
     def seeds(self, count: int) -> list[Sampling]:
         """`count` ways to sample: the first with the prompt's own seed, the others with seeds derived from it."""
@@ -53,6 +62,7 @@ class Prompt:
             top_n_tokens=self.top_n_tokens,
             cache_salt=salt,
             images=self.images,
+            encoder_tokens=self.encoder_ids,
         )
 
 
@@ -88,12 +98,14 @@ async def validate(
     if truncate is not None and not 0 < truncate <= longest:
         raise InvalidRequest(f"`truncate` must be strictly positive and less than {longest}. Given: {truncate}")
     ids, images = await prompt_tokens(state, inputs, add_special_tokens, truncate)
+    start = state.info.decoder_start_token_id
     room = _check_length(ids, numbers.max_new_tokens, state)
     if numbers.grammar is not None:
         raise InvalidRequest("grammar is not supported")
     return Prompt(
         inputs=inputs,
-        ids=ids,
+        ids=ids if start < 0 else (start,),
+        encoder_ids=() if start < 0 else ids,
         sampling=_sampling(numbers),
         max_new_tokens=min(room, numbers.max_new_tokens or room),
         asked_new_tokens=numbers.max_new_tokens or room,

@@ -270,5 +270,6 @@ def engine_info(
         "num_blocks": limits.num_blocks,
         "max_slots": limits.max_slots,
         "version": __version__,
+        "decoder_start_token_id": c.raw["decoder_start_token_id"] if limits.encodes else -1,
     }
     return EngineInfo(**fields)
