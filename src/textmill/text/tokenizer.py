@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from textmill.errors import ModelError
-from textmill.text import gguf_tokenizer
+from textmill.text import gguf_tokenizer, sentencepiece_model
 from textmill.text.marked_sequences import knows_marks, with_marks
 from textmill.weights.config import read_json, token_ids
 from textmill.weights.gguf import GgufFile
@@ -160,24 +160,32 @@ def _from_gguf(file: GgufFile, config: dict[str, Any]) -> Tokenizer:
 
 
 def _from_folder(folder: Path, override: dict[str, Any] | None) -> Tokenizer:
-    file = folder / "tokenizer.json"
+    config = override if override is not None else _json_if_there(folder / "tokenizer_config.json")
+    backend, own = _backend(folder, config)
+    ends = Ends(
+        bos_token=_token_text(config.get("bos_token")) or own.get("bos"),
+        eos_token=_token_text(config.get("eos_token")) or own.get("eos"),
+        eos_ids=_eos_ids(folder),
+        chat_template=_template((override or {}).get("chat_template")) or _folder_template(folder, config),
+    )
+    _set_llama_ends(backend, config, ends)
+    return Tokenizer(backend, ends)
+
+
+def _backend(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """tokenizer.json, or tokenizer.model where there is none, and what `bos` and `eos` are if that file says so."""
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not file.is_file() and model.is_file():
+        return sentencepiece_model.load(model, config)
     if not file.is_file():
-        raise ModelError(f"{file}: missing (tokenizers are read from tokenizer.json only)")
+        raise ModelError(f"{file}: missing (tokenizers are read from tokenizer.json or tokenizer.model)")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises plain Exception for a file it cannot read
         raise ModelError(f"{file}: {str(error)[:300]}") from error
     backend.no_truncation()
     backend.no_padding()
-    config = override if override is not None else _json_if_there(folder / "tokenizer_config.json")
-    ends = Ends(
-        bos_token=_token_text(config.get("bos_token")),
-        eos_token=_token_text(config.get("eos_token")),
-        eos_ids=_eos_ids(folder),
-        chat_template=_template((override or {}).get("chat_template")) or _folder_template(folder, config),
-    )
-    _set_llama_ends(backend, config, ends)
-    return Tokenizer(backend, ends)
+    return backend, {}
 
 
 def _set_llama_ends(backend: tokenizers.Tokenizer, config: dict[str, Any], ends: Ends) -> None:
