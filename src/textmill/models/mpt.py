@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textmill.kernels.spec import Array
 from textmill.layers.attention import Attention, fused_qkv
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.embedding import Embedding, Logits, head
@@ -15,9 +16,9 @@ from textmill.weights.view import View
 
 
 class Block:
-    def __init__(self, c: ModelConfig, w: View, layer: int) -> None:
+    def __init__(self, c: ModelConfig, w: View, layer: int, slopes: Array | None) -> None:
         attn, normed = w / "attn", c.switch("qk_ln", False)
-        clip, slopes = c.real("clip_qkv"), alibi_slopes_of_next_power(c.heads, c.real("alibi_bias_max") or 8.0)
+        clip = c.real("clip_qkv")
         self.norm = LayerNorm(w / "norm_1", c.norm_eps)
         self.attn = Attention(
             c,
@@ -27,7 +28,7 @@ class Block:
             scale=c.real("softmax_scale"),
             q_norm=LayerNorm(attn / "q_ln", c.norm_eps) if normed else None,
             k_norm=LayerNorm(attn / "k_ln", c.norm_eps) if normed else None,
-            alibi=slopes if c.switch("alibi", False) else None,
+            alibi=slopes,
         )
         self.mlp_norm = LayerNorm(w / "norm_2", c.norm_eps)
         self.mlp = MLP(w / "ffn", "up_proj", "down_proj", c.hidden_act)
@@ -42,9 +43,11 @@ class Model(CausalLM):
         body = w / "transformer"
         embed = Embedding(body / "wte")
         positions = Positions(body / "wpe") if body.has("wpe.weight") else None
+        alibi = c.switch("alibi", positions is None)
+        slopes = alibi_slopes_of_next_power(c.heads, c.real("alibi_bias_max") or 8.0) if alibi else None
         super().__init__(
             embed=(lambda ctx: embed(ctx) + positions(ctx)) if positions else embed,
-            blocks=[Block(c, body / "blocks" / str(i), i) for i in range(c.num_layers)],
+            blocks=[Block(c, body / "blocks" / str(i), i, slopes) for i in range(c.num_layers)],
             norm=LayerNorm(body / "norm_f", c.norm_eps),
             head=Logits(head(w / "lm_head", embed), scale=c.real("logit_scale") or 1.0),
         )

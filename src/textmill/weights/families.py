@@ -93,8 +93,11 @@ def _mpt(raw: Raw) -> Raw:
     attention = attention if isinstance(attention, dict) else {}
     single = attention.get("attn_type") == "multiquery_attention"
     ratio, width, scale = raw.get("expansion_ratio", 4), raw.get("d_model"), raw.get("logit_scale")
-    if attention.get("rope"):
-        raise ModelError("config.json: attn_config.rope: MPT with rotary positions is not supported")
+    for name in ("rope", "prefix_lm"):
+        if attention.get(name):
+            raise ModelError(f"config.json: attn_config.{name}: MPT models with this are not supported")
+    if "layernorm" not in str(raw.get("norm_type", "layernorm")):
+        raise ModelError(f"config.json: norm_type: {raw['norm_type']!r} is not supported for MPT models")
     if not isinstance(width, int) or not isinstance(ratio, int | float):
         return {"intermediate_size": ratio}  # not a size: the reader says so
     names = ("alibi", "alibi_bias_max", "clip_qkv", "qk_ln", "softmax_scale")
@@ -231,7 +234,14 @@ def _with_text_config(raw: Raw) -> Raw:
     return inner | {"model_type": raw["model_type"], "text_config": inner}
 
 
+def _idefics(raw: Raw) -> Raw:
+    """Tokens that were added later have tables of their own, but count like the others."""
+    sizes = raw.get("vocab_size"), raw.get("additional_vocab_size", 0)
+    return {"vocab_size": sum(sizes) if all(type(size) is int for size in sizes) else sizes[0]}
+
+
 REWRITES: dict[str, Callable[[Raw], Raw]] = {
+    "idefics": _idefics,
     "gemma3": _with_text_config,
     "llava_next": _with_text_config,
     "idefics2": _with_text_config,
