@@ -1,37 +1,24 @@
 """Builds a `tokenizers.Tokenizer` from a GGUF file's own vocabulary, equal to what llama.cpp does with it.
 
-Byte-level BPE ("gpt2") with the pre-tokenizers that files name, and sentencepiece's BPE ("llama"). Sources: llama.cpp's
-llama-vocab.cpp for what the names mean; checked against its test vectors (docs of the reference survey, section 3).
+Byte-level BPE ("gpt2") with the pre-tokenizers that files name, and sentencepiece's BPE ("llama") and unigrams ("t5").
+Sources: llama.cpp's llama-vocab.cpp for what the keys mean; checked against its test vectors and sentencepiece.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from textmill.errors import ModelError
+from textmill.text.pre_tokenizers import ADDS_BEGIN, IGNORE_MERGES, SPLITS, unnamed
+
+log = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_ONE_DIGIT = r"\p{N}"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-
-# The regexes of a pre-tokenizer, applied one after the other; each isolates its matches.
-_SPLITS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "phi-2"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (_ONE_DIGIT, _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "stablelm2"), (_QWEN2,)),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
-}
-_IGNORE_MERGES = frozenset(("llama-bpe", "llama3", "llama-v3"))  # whole words of the vocabulary win; BOS by default
 _MAX_TOKEN = 1 << 20
 
 
@@ -101,24 +88,29 @@ def build(metadata: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer = _byte_level(vocabulary)
     elif kind == "llama":
         tokenizer = _sentencepiece(vocabulary)
+    elif kind == "t5":
+        tokenizer = _unigram(vocabulary)
     else:
-        raise vocabulary.fail("model", f"{kind!r} is not supported (gpt2 and llama are)")
+        raise vocabulary.fail("model", f"{kind!r} is not supported (gpt2, llama and t5 are)")
     _add_special(tokenizer, vocabulary)
     return tokenizer
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    pre = vocabulary.get("pre", "default")  # files older than the key: GPT-2's regex is what most of them meant
-    splits = _SPLITS.get(pre) if isinstance(pre, str) else None
+    pre = vocabulary.get("pre")
+    if pre is None:
+        pre = unnamed(vocabulary.metadata)
+        log.warning("%s: the file names no pre-tokenizer (it is old); taken for %s's", vocabulary.path, pre)
+    splits = SPLITS.get(pre) if isinstance(pre, str) else None
     if splits is None:
-        raise vocabulary.fail("pre", f"the pre-tokenizer {pre!r} is not supported (known: {', '.join(_SPLITS)})")
+        raise vocabulary.fail("pre", f"the pre-tokenizer {pre!r} is not supported (known: {', '.join(SPLITS)})")
     merges = [_pair(vocabulary, merge) for merge in vocabulary.strings("merges")]
-    tokenizer = _bpe(vocabulary, merges, ignore_merges=pre in _IGNORE_MERGES)
+    tokenizer = _bpe(vocabulary, merges, ignore_merges=pre in IGNORE_MERGES)
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    _add_ends(tokenizer, vocabulary, bos=pre in _IGNORE_MERGES)
+    _add_ends(tokenizer, vocabulary, bos=pre in ADDS_BEGIN)
     return tokenizer
 
 
@@ -151,6 +143,39 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
+def _unigram(vocabulary: _Vocabulary) -> Tokenizer:
+    """Sentencepiece's unigrams: the likeliest way to cut each word; spaces are marked and extra ones dropped first."""
+    scores = vocabulary.column("scores", float, 0.0)
+    unknown = vocabulary.get("unknown_token_id", 2)
+    pieces = list(zip(vocabulary.tokens, scores, strict=True))
+    try:
+        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=_BYTE in vocabulary.types)
+    except Exception as error:  # the Rust library raises plain Exception, for an unknown token outside the vocabulary
+        raise vocabulary.fail("unknown_token_id", str(error)[:200]) from error
+    tokenizer = Tokenizer(model)
+    prefixed = "always" if vocabulary.switch("add_space_prefix", True) else "never"
+    steps = cleaning(vocabulary)
+    tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prefixed)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme=prefixed)])
+    _add_ends(tokenizer, vocabulary, bos=False, eos=True)
+    return tokenizer
+
+
+def cleaning(vocabulary: _Vocabulary) -> list[normalizers.Normalizer]:
+    """What sentencepiece does to a text before it marks spaces, as far as the file says it."""
+    steps: list[normalizers.Normalizer] = []
+    charsmap = vocabulary.get("precompiled_charsmap")
+    if charsmap:
+        try:
+            steps.append(normalizers.Precompiled(bytes(number & 0xFF for number in charsmap)))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise vocabulary.fail("precompiled_charsmap", str(error)[:200]) from error
+    if vocabulary.switch("remove_extra_whitespaces", bool(charsmap)):
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return steps
+
+
 def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """Sentencepiece keeps no merges: every split of a token into two known ones is one, the best scores first."""
     scores = vocabulary.column("scores", float, 0.0)
@@ -167,9 +192,9 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     return [(left, right) for _, _, _, left, right in found]
 
 
-def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, bos: bool) -> None:
-    """Puts the begin and end tokens around a text where the file says so (`bos`: what it means if it does not)."""
-    wanted = {"bos": vocabulary.switch("add_bos_token", bos), "eos": vocabulary.switch("add_eos_token", False)}
+def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, bos: bool, eos: bool = False) -> None:
+    """Puts the begin and end tokens around a text where the file says so (`bos`, `eos`: what it means if not)."""
+    wanted = {"bos": vocabulary.switch("add_bos_token", bos), "eos": vocabulary.switch("add_eos_token", eos)}
     texts = {key: vocabulary.token(key) for key, on in wanted.items() if on}
     around = [(key, text) for key, text in texts.items() if text is not None]
     if around:

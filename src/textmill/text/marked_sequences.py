@@ -16,7 +16,8 @@ _SEQUENCE = re.compile(r"\[START_(DNA|SMILES|I_SMILES|AMINO)\](.*?)\[END_\1\]")
 
 def knows_marks(backend: tokenizers.Tokenizer) -> bool:
     """True for a tokenizer that was trained with marks."""
-    return MARK in str(backend.pre_tokenizer)
+    steps = backend.pre_tokenizer
+    return steps is not None and MARK.encode() in steps.__getstate__()  # its str() fails on some regexes
 
 
 def with_marks(text: str) -> tuple[str, list[int]]:
