@@ -235,7 +235,7 @@ class Scheduler:
             )
         )
         self._add_row(plan, sequence, count, first_block=0)
-        return count
+        return count + len(sequence.request.encoder_tokens)  # which are read in this step, too
 
     def _affordable(self, sequence: Sequence, hits: list[int], start: int, end: int) -> bool:
         """Blocks for the first chunk, and one for each running sequence, which will soon ask for it.

@@ -15,6 +15,7 @@ from textmill.kernels.reference import floats
 from textmill.kernels.spec import ConvolutionSpec, ScanSpec
 
 Work = Sequence[tuple[int, int, int]]
+SCAN_ROWS = 64  # whose states are in memory at once: [rows, channels, columns]
 
 
 def convolve(x: torch.Tensor, states: torch.Tensor, work: Work, spec: ConvolutionSpec) -> torch.Tensor:
@@ -53,26 +54,47 @@ def scan(
 
     states: [slots, channels, columns]. Returns [rows, channels].
     """
-    a, skip = floats(spec.a), floats(spec.skip)
     dt = F.softplus(dt.float())
     b, c = bc.float().chunk(2, dim=-1)
-    pushed = dt * x
-    y = torch.empty_like(x)
-    first = 0
+    a, skip, pushed = floats(spec.a), floats(spec.skip), dt * x
     if all(count == 1 for _, _, count in work):
         slots = [slot for slot, _, _ in work]
-        state = torch.exp(dt.unsqueeze(-1) * a) * states[slots] + pushed.unsqueeze(-1) * b.unsqueeze(1)
+        state = _decay(dt, a) * states[slots] + _push(pushed, b)
         states[slots] = state
-        y = (state * c.unsqueeze(1)).sum(-1)
+        y = _read(state, c)
     else:
+        y = torch.empty_like(x)
+        first = 0
         for slot, _, count in work:
-            state = states[slot]
-            for row in range(first, first + count):
-                state = torch.exp(dt[row].unsqueeze(-1) * a) * state + pushed[row].unsqueeze(-1) * b[row]
-                y[row] = (state * c[row]).sum(-1)
-            states[slot] = state
+            for begin in range(first, first + count, SCAN_ROWS):
+                rows = slice(begin, min(begin + SCAN_ROWS, first + count))
+                y[rows] = _read(_scan_one(_decay(dt[rows], a), _push(pushed[rows], b[rows]), states[slot]), c[rows])
             first += count
     return (y + skip * x) * F.silu(gate[:, -x.shape[1] :].float())
+
+
+def _decay(dt: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """What remains of the states at each row: [rows, channels, columns]."""
+    return torch.exp(dt.unsqueeze(-1) * a)
+
+
+def _push(pushed: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What each row adds to the states: [rows, channels, columns]."""
+    return pushed.unsqueeze(-1) * b.unsqueeze(1)
+
+
+def _read(states: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """[rows, channels]"""
+    return (states * c.unsqueeze(1)).sum(-1)
+
+
+def _scan_one(decay: torch.Tensor, push: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The states after each row, in the memory of `decay`; the last one also goes to `state`."""
+    before = state
+    for remains, added in zip(decay, push, strict=True):
+        before = remains.mul_(before).add_(added)
+    state.copy_(before)
+    return decay
 
 
 def _rows_of(x: torch.Tensor, work: Work) -> list[tuple[int, torch.Tensor]]:
