@@ -16,54 +16,35 @@ from textmill.weights.config import ModelConfig
 from textmill.weights.view import View
 
 
-def attention(c: ModelConfig, w: View, layer: int, positions: Rope | Array) -> Attention:
-    return Attention(
-        c,
-        fused_qkv(c, w, "query_key_value", by_group=True),
-        row(w, "dense"),
-        layer,
-        rope=positions if isinstance(positions, Rope) else None,
-        key_bias=None if isinstance(positions, Rope) else positions,
-    )
+class Block:
+    """One norm before both (7B, 11B), one before each (40B, 180B), or one after the other (RW)."""
 
-
-class Parallel:
-    """The 7B model has one norm for both, the 40B and 180B ones one each, the 11B one again."""
-
-    def __init__(self, c: ModelConfig, w: View, layer: int, positions: Rope | Array) -> None:
-        two = w.has("ln_attn.weight")
+    def __init__(self, c: ModelConfig, w: View, layer: int, rope: Rope | None, key_bias: Array | None) -> None:
+        attn, two = w / "self_attention", w.has("ln_attn.weight")
+        qkv = fused_qkv(c, attn, "query_key_value", by_group=True)
+        self.parallel = c.switch("parallel_attn", True)
         self.norm = LayerNorm(w / ("ln_attn" if two else "input_layernorm"), c.norm_eps)
-        self.attn = attention(c, w / "self_attention", layer, positions)
-        self.mlp_norm = LayerNorm(w / "ln_mlp", c.norm_eps) if two else None
+        self.attn = Attention(c, qkv, row(attn, "dense"), layer, rope=rope, key_bias=key_bias)
+        own = w / ("ln_mlp" if two else "post_attention_layernorm")
+        self.mlp_norm = LayerNorm(own, c.norm_eps) if two or not self.parallel else None
         self.mlp = MLP(w / "mlp", "dense_h_to_4h", "dense_4h_to_h", c.hidden_act)
 
     def __call__(self, x: Hidden, ctx: Context) -> Hidden:
         normed = self.norm(x)
-        return x + self.attn(normed, ctx) + self.mlp(self.mlp_norm(x) if self.mlp_norm else normed)
-
-
-class Sequential:
-    def __init__(self, c: ModelConfig, w: View, layer: int, positions: Rope | Array) -> None:
-        self.norm = LayerNorm(w / "input_layernorm", c.norm_eps)
-        self.attn = attention(c, w / "self_attention", layer, positions)
-        self.mlp_norm = LayerNorm(w / "post_attention_layernorm", c.norm_eps)
-        self.mlp = MLP(w / "mlp", "dense_h_to_4h", "dense_4h_to_h", c.hidden_act)
-
-    def __call__(self, x: Hidden, ctx: Context) -> Hidden:
-        x = x + self.attn(self.norm(x), ctx)
-        return x + self.mlp(self.mlp_norm(x))
+        after = x + self.attn(normed, ctx)
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(x if self.parallel else after)
+        return after + self.mlp(normed)
 
 
 class Model(CausalLM):
     def __init__(self, c: ModelConfig, w: View) -> None:
-        body = w / "transformer"
-        embed = Embedding(body / "word_embeddings")
-        alibi = c.switch("alibi", False)
-        positions = alibi_key_bias(c.heads, c.max_position_embeddings, c.head_dim) if alibi else Rope(c)
-        block = Parallel if c.switch("parallel_attn", True) else Sequential
+        body, alibi = w / "transformer", c.switch("alibi", False)
+        embed, rope = Embedding(body / "word_embeddings"), None if alibi else Rope(c)
+        key_bias = alibi_key_bias(c.heads, c.max_position_embeddings, c.head_dim) if alibi else None
         super().__init__(
             embed=embed,
-            blocks=[block(c, body / "h" / str(i), i, positions) for i in range(c.num_layers)],
+            blocks=[Block(c, body / "h" / str(i), i, rope, key_bias) for i in range(c.num_layers)],
             norm=LayerNorm(body / "ln_f", c.norm_eps),
             head=head(w / "lm_head", embed),
         )
