@@ -196,6 +196,17 @@ class PyProgram {
     return program_.experts(x, scores, std::move(spec));
   }
 
+  int convolve(int x, const Array<const float, nb::ndim<2>>& weight, const std::optional<Floats>& bias) {
+    require(!bias || bias->size() == weight.shape(1), "convolve: one bias per channel");
+    return program_.convolve(x, keep(Floats(weight)), static_cast<int64_t>(weight.shape(0)),
+                             static_cast<int64_t>(weight.shape(1)), keep(bias));
+  }
+  int scan(int x, int step, int bc, int gate, const Array<const float, nb::ndim<2>>& a, const Floats& skip) {
+    require(skip.size() == a.shape(1), "scan: one skip per channel");
+    return program_.scan(x, step, bc, gate, keep(Floats(a)), static_cast<int64_t>(a.shape(0)),
+                         static_cast<int64_t>(a.shape(1)), keep(skip));
+  }
+
   int outputs(int x) { return program_.outputs(x); }
   void finish(int logits) { program_.finish(logits); }
   int64_t columns(int index) const { return program_.columns(index); }
@@ -326,6 +337,8 @@ NB_MODULE(_native, m) {
            nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
            nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
       .def("experts", &PyProgram::experts)
+      .def("convolve", &PyProgram::convolve, nb::arg(), nb::arg(), nb::arg().none())
+      .def("scan", &PyProgram::scan)
       .def("outputs", &PyProgram::outputs)
       .def("finish", &PyProgram::finish)
       .def("columns", &PyProgram::columns)

@@ -13,9 +13,7 @@ namespace {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-bool works_by_row(OpKind kind) {
-  return kind != OpKind::kMatmul && kind != OpKind::kAttention && kind != OpKind::kExperts;
-}
+bool works_by_row(OpKind kind) { return kind < OpKind::kMatmul; }
 
 int64_t stride_of(int64_t cols) { return (cols + 15) / 16 * 16; }
 
@@ -235,8 +233,6 @@ int Program::experts(int x, int scores, Experts experts) {
     const size_t row = quantized ? quantized_bytes(1, cols) : static_cast<size_t>(stride_of(cols)) * 4;
     return aligned(static_cast<size_t>(limits_.max_rows * experts.top_k) * row);
   };
-  experts.up_tile = rows_of_tile(up.k);
-  experts.down_tile = rows_of_tile(down.k);
   experts.inner_offset = std::max(bytes(up.k, false), bytes(up.k, up.quantized()));
   experts.codes_offset = experts.inner_offset + bytes(down.k, false);
   experts.scratch_bytes = experts.codes_offset + (down.quantized() ? bytes(down.k, true) : 0);
@@ -246,6 +242,42 @@ int Program::experts(int x, int scores, Experts experts) {
   op.y = scores;
   op.experts = std::make_shared<const Experts>(std::move(experts));
   return record(std::move(op), value(x).cols);
+}
+
+int Program::convolve(int x, const float* weight, int64_t taps, int64_t channels, const float* bias) {
+  check_input(x);
+  require(!in_head_, "convolve belongs to the body");
+  require(taps > 0 && channels > 0 && channels <= value(x).cols, "convolve: more channels than columns");
+  Op op;
+  op.kind = OpKind::kConvolve;
+  op.x = x;
+  op.weight = weight;
+  op.bias = bias;
+  op.width = taps;
+  op.state_offset = state_floats_;
+  state_floats_ += stride_of(channels) * (taps - 1);
+  return record(std::move(op), channels);
+}
+
+int Program::scan(int x, int step, int bc, int gate, const float* a, int64_t columns, int64_t channels,
+                  const float* skip) {
+  for (const int read : {x, step, bc, gate}) check_input(read);
+  require(!in_head_, "scan belongs to the body");
+  require(columns > 0 && value(x).cols == channels && value(step).cols == channels && value(bc).cols == 2 * columns &&
+              value(gate).cols >= channels,
+          "scan: rows do not fit the channels and their states");
+  Op op;
+  op.kind = OpKind::kScan;
+  op.x = x;
+  op.y = step;
+  op.bc = bc;
+  op.gate = gate;
+  op.weight = a;
+  op.bias = skip;
+  op.width = columns;
+  op.state_offset = state_floats_;
+  state_floats_ += stride_of(channels) * columns;
+  return record(std::move(op), channels);
 }
 
 int Program::outputs(int x) {
@@ -269,6 +301,7 @@ void Program::finish(int logits) {
   plan_quantization();
   plan_memory();
   arena_.map(arena_bytes_);
+  if (state_floats_) states_.map(static_cast<size_t>(limits_.max_slots) * state_bytes_per_slot());
   profiles_.resize(ops_.size());
   reset_profile();
   finished_ = true;
@@ -280,7 +313,7 @@ void Program::find_lifetimes() {
   for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
     const Op& op = ops_[static_cast<size_t>(i)];
     values_[static_cast<size_t>(op.out)].producer = i;
-    for (const int read : {op.x, op.y}) {
+    for (const int read : {op.x, op.y, op.bc, op.gate}) {
       if (read < 0) continue;
       Value& v = values_[static_cast<size_t>(read)];
       ++v.readers;
@@ -378,7 +411,7 @@ std::vector<OpProfile> Program::profile() const {
 void Program::reset_profile() {
   static const char* const kNames[] = {
       "embed", "embed_positions", "rms_norm", "layer_norm", "add", "multiply", "scale", "clip", "softcap", "activation",
-      "gated_activation", "outputs", "matmul", "attention", "experts"};
+      "gated_activation", "outputs", "matmul", "attention", "experts", "convolve", "scan"};
   profiles_.assign(ops_.size() + 1, OpProfile());
   for (size_t i = 0; i < ops_.size(); ++i) {
     profiles_[i].name = kNames[static_cast<int>(ops_[i].kind)];

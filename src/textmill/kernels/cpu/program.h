@@ -61,9 +61,10 @@ struct StepOutput {
   bool every_row;
 };
 
-enum class OpKind {
+enum class OpKind {  // those before kMatmul work row by row
   kEmbed, kEmbedPositions, kRmsNorm, kLayerNorm, kAdd, kMultiply, kScale, kClip, kSoftcap, kActivation,
-  kGatedActivation, kOutputs, kMatmul, kAttention, kExperts
+  kGatedActivation, kOutputs, kMatmul, kAttention, kExperts,
+  kConvolve, kScan
 };
 
 struct Value {
@@ -85,7 +86,6 @@ struct Experts {
   int64_t top_k = 0;
   float norm = 0;  // 0: weights stay as they are
   Activation activation = Activation::kNone;
-  int64_t up_tile = 0, down_tile = 0;  // places of a chunk
   // In the operation's scratch: first what experts read (floats or quantized), later what they answer; then their inner
   // numbers as floats, then quantized.
   size_t inner_offset = 0, codes_offset = 0, scratch_bytes = 0;
@@ -99,7 +99,8 @@ struct Experts {
 
 struct Op {
   OpKind kind = OpKind::kAdd;
-  int x = -1, y = -1, out = -1;  // values; y of a matmul is its residual, of experts their scores
+  int x = -1, y = -1, out = -1;  // values; y of a matmul is its residual, of experts their scores, of a scan its steps
+  int bc = -1, gate = -1;        // of a scan
   bool head = false;
   const float* weight = nullptr;
   const float* bias = nullptr;
@@ -112,6 +113,8 @@ struct Op {
   AttentionSpec attention;
   int layer = -1, plan = -1;
   size_t scratch_offset = 0;  // attention's rotated queries; what experts need
+  int64_t width = 0;          // taps of a convolution, columns of a scan
+  int64_t state_offset = 0;   // floats, in a slot's states
   size_t keys_offset = 0, values_offset = 0;  // in a cache block
 };
 
@@ -153,6 +156,10 @@ class Program {
   int matmul(int x, std::shared_ptr<const Weight> matrix, const float* bias, Activation kind, bool gated);
   int attend(int x, int layer, const AttentionSpec& spec);
   int experts(int x, int scores, Experts experts);
+  // weight: [taps, channels], of the first channels of x; bias may be null.
+  int convolve(int x, const float* weight, int64_t taps, int64_t channels, const float* bias);
+  // a: [columns, channels]; bc: rows of b | c; the last channels of `gate`.
+  int scan(int x, int step, int bc, int gate, const float* a, int64_t columns, int64_t channels, const float* skip);
   int outputs(int x);
   void finish(int logits);
 
@@ -161,6 +168,8 @@ class Program {
   bool wants_prompt(int32_t slot) const { return table_.prompt_logprobs[slot] != 0; }
   size_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
   size_t arena_bytes() const { return arena_bytes_; }
+  // What every slot holds beside its blocks.
+  size_t state_bytes_per_slot() const { return static_cast<size_t>(state_floats_) * 4; }
   void allocate(int64_t num_blocks);
 
   // std::invalid_argument, before anything is touched, on work that does not fit.
@@ -195,7 +204,8 @@ class Program {
   std::vector<AttentionSpec> plans_;  // one per distinct shape of attention work
   size_t arena_bytes_ = 0, kv_bytes_per_block_ = 0;
   int64_t num_blocks_ = 0;
-  Mapping arena_, cache_;
+  int64_t state_floats_ = 0;  // of a slot
+  Mapping arena_, cache_, states_;
   std::vector<OpProfile> profiles_;  // by op
   std::vector<std::unique_ptr<Sampler>> samplers_;  // by thread
   std::vector<std::vector<float>> scratch_;         // by thread

@@ -1,6 +1,7 @@
 // Kernels over single rows, and the table of all vector kernels of one instruction set. Included after attention_impl.h.
 #pragma once
 
+#include "recurrence_impl.h"
 #include "simd.h"
 #include "vector.h"
 
@@ -154,8 +155,9 @@ inline int64_t above(const float* x, int64_t count, float threshold, int32_t* in
 inline float exp_one(float x) { return exp(x); }
 
 constexpr VectorKernels table(const char* name) {
-  return {name,       rms_norm, layer_norm, add,   multiply,  add_scaled, clip,    scale, softcap,
-          activation, gated,    store_row,  attend, merge,    normalize,  scan, exp_sum, above, exp_one};
+  return {name,       rms_norm, layer_norm, add,         multiply,  add_scaled, clip,  scale,     softcap, activation,
+          gated,      convolve, scan_states, store_row,  attend,    merge,      normalize, scan,  exp_sum, above,
+          exp_one};
 }
 
 }  // namespace TEXTMILL_ISA

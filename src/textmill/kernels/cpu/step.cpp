@@ -26,15 +26,6 @@ constexpr int64_t kTileBytes = 256 * 1024;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// All rows in tiles of about the same height, a multiple of 6 (what the kernels compute side by side).
-int64_t rows_of_tile(int64_t rows, int64_t cols, bool quantized) {
-  if (!quantized) return std::max<int64_t>(16, kChunkFloats * 4 / cols);
-  const int64_t fitting = kTileBytes / static_cast<int64_t>(quantized_bytes(1, cols)) / 6 * 6;
-  const int64_t most = std::clamp<int64_t>(fitting, 24, kMostRows);
-  const int64_t tiles = (rows + most - 1) / most;
-  return round_up((rows + tiles - 1) / tiles, 6);
-}
-
 }  // namespace
 
 void Program::run(const WorkItem* work, int64_t count, const StepOutput& output) {
@@ -149,6 +140,8 @@ uint32_t Step::begin_op() {
     case OpKind::kMatmul: return begin_matmul();
     case OpKind::kAttention: return begin_attention();
     case OpKind::kExperts: return begin_experts();
+    case OpKind::kConvolve:
+    case OpKind::kScan: return begin_recurrence();
     default: return phase_ == 0 ? chunks_of_rows(program_.value(op.out).cols) : 0;
   }
 }
@@ -157,6 +150,15 @@ uint32_t Step::chunks_of(int64_t count, int64_t cols) {
   const int64_t shared = (count + threads_ - 1) / threads_;
   grain_ = std::clamp<int64_t>(kChunkFloats / cols, 1, std::max<int64_t>(kLeastRows, shared));
   return static_cast<uint32_t>((count + grain_ - 1) / grain_);
+}
+
+// All rows in tiles of about the same height, a multiple of 6 (what the kernels compute side by side).
+int64_t Step::rows_of_tile(int64_t rows, int64_t cols, bool quantized) {
+  if (!quantized) return std::max<int64_t>(16, kChunkFloats * 4 / cols);
+  const int64_t fitting = kTileBytes / static_cast<int64_t>(quantized_bytes(1, cols)) / 6 * 6;
+  const int64_t most = std::clamp<int64_t>(fitting, 24, kMostRows);
+  const int64_t tiles = (rows + most - 1) / most;
+  return round_up((rows + tiles - 1) / tiles, 6);
 }
 
 uint32_t Step::begin_matmul() {
@@ -223,6 +225,7 @@ void Step::run_chunk(uint32_t chunk, int thread) {
     return run_attention(op, chunk, thread);
   }
   if (op.kind == OpKind::kExperts) return run_experts(op, chunk);
+  if (op.kind == OpKind::kConvolve || op.kind == OpKind::kScan) return run_recurrence(op, chunk);
   run_rows(op, begin, end);
 }
 

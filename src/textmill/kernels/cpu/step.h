@@ -46,9 +46,11 @@ class Step final : public Job {
   uint32_t begin_matmul();
   uint32_t begin_attention();
   uint32_t begin_experts();
+  uint32_t begin_recurrence();
   uint32_t begin_slice();
   uint32_t chunks_of_rows(int64_t cols) { return chunks_of(rows(), cols); }
   uint32_t chunks_of(int64_t count, int64_t cols);
+  static int64_t rows_of_tile(int64_t rows, int64_t cols, bool quantized);
   int64_t columns_of_chunk(const Weight& matrix, int64_t n, int64_t tall, int64_t tiles) const;
   void end_op();
 
@@ -71,6 +73,9 @@ class Step final : public Job {
   void run_expert(const Op& op, bool down, uint32_t chunk) const;
   void mix_experts(const Op& op, int64_t row) const;
   void profile_experts(const Experts& experts, OpProfile* entry) const;
+  void run_recurrence(const Op& op, uint32_t chunk) const;
+  void run_convolve(const Op& op, const PlacedItem& item, int64_t channel, int64_t channels, float* state) const;
+  void run_scan(const Op& op, const PlacedItem& item, int64_t channel, int64_t channels, float* state) const;
   void run_output(int64_t index, int thread);
   void choose(const OutputRow& wanted, float* logits, int thread);
 

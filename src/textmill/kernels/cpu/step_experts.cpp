@@ -53,17 +53,23 @@ void Step::sort_by_expert(const Experts& experts) {
 
 uint32_t Step::cut_experts(const Experts& experts, bool down) {
   const auto& matrices = down ? experts.down : experts.gate_up;
-  const int64_t n = down ? matrices[0]->n : matrices[0]->n / 2, tall = down ? experts.down_tile : experts.up_tile;
+  const int64_t n = down ? matrices[0]->n : matrices[0]->n / 2, k = matrices[0]->k;
+  const auto tall = [&](size_t e) {
+    return rows_of_tile(first_place_[e + 1] - first_place_[e], k, matrices[0]->quantized());
+  };
   int64_t tiles = 0;
-  for (size_t e = 0; e < matrices.size(); ++e) tiles += (first_place_[e + 1] - first_place_[e] + tall - 1) / tall;
+  for (size_t e = 0; e < matrices.size(); ++e) {
+    const int64_t places = first_place_[e + 1] - first_place_[e];
+    if (places) tiles += (places + tall(e) - 1) / tall(e);
+  }
   expert_chunks_.clear();
   for (size_t e = 0; e < matrices.size(); ++e) {
     const int64_t begin = first_place_[e], end = first_place_[e + 1];
     if (begin == end) continue;
-    const int64_t columns = columns_of_chunk(*matrices[e], n, std::min(tall, end - begin), tiles);
+    const int64_t height = tall(e), columns = columns_of_chunk(*matrices[e], n, std::min(height, end - begin), tiles);
     for (int64_t column = 0; column < n; column += columns) {
-      for (int64_t first = begin; first < end; first += tall) {
-        expert_chunks_.push_back({static_cast<int32_t>(e), first, std::min(tall, end - first), column,
+      for (int64_t first = begin; first < end; first += height) {
+        expert_chunks_.push_back({static_cast<int32_t>(e), first, std::min(height, end - first), column,
                                   std::min(columns, n - column)});
       }
     }

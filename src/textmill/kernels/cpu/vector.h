@@ -94,6 +94,36 @@ TEXTMILL_INLINE int64_t attend_scratch_floats(int64_t vectors, int64_t dim) {
          partial_floats(vectors, dim);
 }
 
+// Operations whose state moves on with every token, for some channels of consecutive rows of one sequence. Pointers stand
+// at the first of these channels; what is per channel has its channels side by side.
+struct ConvolveTask {
+  int64_t rows, channels, taps;
+  const float* x;
+  int64_t x_stride;
+  const float* weight;  // [taps]
+  int64_t weight_stride;
+  const float* bias;  // or null
+  float* state;       // [taps - 1]: the inputs before x
+  int64_t state_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+struct ScanTask {
+  int64_t rows, channels, columns;
+  const float *x, *step, *gate;
+  int64_t x_stride, step_stride, gate_stride;
+  const float* bc;  // of row 0, whole: b [columns], c [columns]
+  int64_t bc_stride;
+  const float* a;  // [columns], below zero
+  int64_t a_stride;
+  const float* skip;
+  float* state;  // [columns]
+  int64_t state_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 struct VectorKernels {
   const char* name;
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t cols, float* out);
@@ -106,6 +136,11 @@ struct VectorKernels {
   void (*softcap)(const float* x, float cap, int64_t cols, float* out);
   void (*activation)(const float* x, Activation kind, int64_t cols, float* out);
   void (*gated)(const float* x, Activation kind, int64_t cols, float* out);  // cols: of out
+
+  // silu(bias + sum of the taps), and the inputs that the next rows will need.
+  void (*convolve)(const ConvolveTask& task);
+  // h = exp(softplus(step) a) h + softplus(step) b x; (c . h + skip x) silu(gate)
+  void (*scan_states)(const ScanTask& task);
 
   void (*store_row)(const AttentionSpec& spec, const StoreRow& row);
   // Keys [begin, end) range by range, merged in order.
