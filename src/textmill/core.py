@@ -46,6 +46,7 @@ class Image:
     `pixels` are bytes [tiles, 3, height, width] (`shape`) in C order; a byte v of channel c means
     (v / 255 - mean[c]) / std[c]. `size` is (height, width) of the picture as it came. The prompt tokens
     `start` .. `start + count` stand for it. `digest` names everything but the place: equal digests, equal features.
+    `until`: tokens from there on do not see it, where tokens see the image before them; 0: all do.
     """
 
     start: int
@@ -56,6 +57,7 @@ class Image:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     digest: bytes
+    until: int = 0
 
 
 @dataclass(frozen=True, slots=True)

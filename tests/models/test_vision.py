@@ -34,6 +34,7 @@ from textmill.weights.view import View
 TOTAL = 480
 STEPS = 24
 SPLIT = Recipe("split", HALF, HALF, BILINEAR, shortest=20, longest=61, splits=True, tokens=vision.LATENTS)
+SQUARE = Recipe("square", CLIP_MEAN, CLIP_STD, BICUBIC, side=28, tokens=1)
 GRID = Recipe("grid", CLIP_MEAN, CLIP_STD, BICUBIC, side=28, patch=7, choices=tuple(map(tuple, vision.CHOICES)))
 
 
@@ -70,6 +71,18 @@ def padded_inputs(prompt: Prompt, tokens: Sequence[int]) -> dict[str, torch.Tens
     return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 
+def masked_inputs(prompt: Prompt, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Which picture each token sees: the last one before it."""
+    count = max(len(prompt.images), 1)
+    mask = torch.zeros(1, len(tokens), count)
+    for place, image in enumerate(prompt.images):
+        mask[0, image.start :] = torch.eye(count)[place]
+        if image.until:
+            mask[0, image.until :] = 0
+    pixels = [pixels_of(image) for image in prompt.images] or [torch.zeros(1, 3, 28, 28)]
+    return {"pixel_values": torch.cat(pixels)[None], "image_attention_mask": mask}
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family's prompts look: tokens around a picture's, and what transformers wants to be given."""
@@ -104,6 +117,8 @@ class Family:
 def family_of(case: Case) -> Family:
     if case.family == "idefics2":
         return Family(case, SPLIT, vision.IMAGE, padded_inputs, vision.FAKE)
+    if case.family == "idefics":
+        return Family(case, SQUARE, vision.IMAGE, masked_inputs, vision.FAKE)
     return Family(case, GRID, vision.IMAGE, grid_inputs)
 
 
@@ -128,7 +143,8 @@ class Seeing:
     def expected(self, prompt: Prompt, continuation: Sequence[int] = ()) -> torch.Tensor:
         """Logits [tokens of both, vocabulary]."""
         tokens = (*prompt.tokens, *continuation)
-        inputs = self.family.inputs(prompt, tokens) if prompt.images else {}
+        blind = not prompt.images and self.family.inputs is not masked_inputs
+        inputs = {} if blind else self.family.inputs(prompt, tokens)
         found: torch.Tensor = self.model(torch.tensor([tokens]), use_cache=False, **inputs).logits
         return found[0]
 
@@ -189,8 +205,10 @@ def test_logits_in_chunks_that_end_inside_pictures(seeing: Seeing) -> None:
     admission = Admission(0, prompt.tokens, Sampling(), prompt_logprobs=True, images=prompt.images)
     apply(Step(0, (), (admission,), (), ((0, 0, blocks),)), executor.tables)
     start, largest = 0, 0.0
-    for count in (9, 20, 1, 33, len(prompt.tokens)):
-        count = min(count, len(prompt.tokens) - start)
+    for end in (8, 9, 15, 20, 33, len(prompt.tokens)):
+        count = min(end, len(prompt.tokens)) - start
+        if not count:
+            break
         executor.run([SlotWork(0, start, count, False)])
         largest = max(largest, float((executor.logits - expected[start : start + count]).abs().max()))
         torch.testing.assert_close(executor.logits, expected[start : start + count], atol=TOLERANCE, rtol=TOLERANCE)

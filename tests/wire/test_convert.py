@@ -34,7 +34,7 @@ def test_requests_survive() -> None:
         top_n_tokens=5,
         cache_salt=b"\x00salt",
         encoder_tokens=(8, 2**31),
-        images=(Image(1, 2, bytes(12), (1, 3, 2, 2), (20, 30), (0.48145466, 0.5, 0.4), (0.3, 0.2, 0.1), b"name"),),
+        images=(Image(1, 2, bytes(12), (1, 3, 2, 2), (20, 30), (0.48145466, 0.5, 0.4), (0.3, 0.2, 0.1), b"name", 9),),
     )
     message = submit_from_request(request).SerializeToString()
     assert request_from_submit(pb.Submit.FromString(message)) == request

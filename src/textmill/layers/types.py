@@ -73,5 +73,11 @@ class Context(Protocol):
     def place_images(self, embed: Callable[[Context], Hidden], encoder: Callable[[], Encoder]) -> Hidden:
         """What `embed` makes of the step's tokens, with an image's features in the rows that stand for it."""
 
+    def attend_images(self, q: Hidden, layer: int, heads: int, encoder: Callable[[], Encoder]) -> Hidden:
+        """Each row [heads x d] attends to the image it sees, the last that began: zeros where there is none.
+
+        The encoder's features are keys and values then: [layers, keys, k | v].
+        """
+
     def outputs(self, x: Hidden) -> Hidden:
         """Only the rows whose next token is wanted."""

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from textmill.models.registry import build_model
-from textmill.models.vision import Dense, RootNorm, SeeingLM, SiglipTower, activation, attend, section, tensor
+from textmill.models.vision import (
+    Dense,
+    RootNorm,
+    SeeingLM,
+    SiglipTower,
+    activation,
+    attend,
+    embedding_pictures,
+    section,
+    tensor,
+)
 from textmill.weights.config import ModelConfig
 from textmill.weights.part import Part, text_config
 from textmill.weights.view import View
@@ -93,4 +103,5 @@ class Model(SeeingLM):
     def __init__(self, c: ModelConfig, w: View) -> None:
         inner = text_config(c)
         part = Part(w.checkpoint, inner, {"model": "model.text_model", "lm_head": "lm_head"})
-        super().__init__(build_model(inner, View(part, group=w.group)), partial(Encoder, c, w / "model"))
+        text = build_model(inner, View(part, group=w.group))
+        super().__init__(embedding_pictures(text, partial(Encoder, c, w / "model")))

@@ -10,7 +10,7 @@ from torch import Tensor
 from textmill.errors import ModelError
 from textmill.images.grids import best_grid, grid_choices, unpadded
 from textmill.models.registry import build_model
-from textmill.models.vision import ClipTower, Dense, SeeingLM, activation, section, tensor
+from textmill.models.vision import ClipTower, Dense, SeeingLM, activation, embedding_pictures, section, tensor
 from textmill.weights.config import ModelConfig
 from textmill.weights.part import Part, text_config
 from textmill.weights.view import View
@@ -79,4 +79,5 @@ class Model(SeeingLM):
     def __init__(self, c: ModelConfig, w: View) -> None:
         inner = text_config(c)
         part = Part(w.checkpoint, inner, {name: f"language_model.{name}" for name in ("model", "lm_head")})
-        super().__init__(build_model(inner, View(part, group=w.group)), partial(Encoder, c, w))
+        text = build_model(inner, View(part, group=w.group))
+        super().__init__(embedding_pictures(text, partial(Encoder, c, w)))

@@ -23,6 +23,7 @@ FAMILIES = {
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
+    "idefics": "idefics",
     "idefics2": "idefics2",
     "llama": "llama",
     "llava_next": "llava_next",

@@ -166,31 +166,34 @@ def places(count: int, side: int) -> Tensor:
     return torch.bucketize(fractions.clamp(max=1.0 - 1e-6), borders, right=True)
 
 
-class SeeingEmbedding:
-    """A text model's embeddings, with features in the rows that stand for pictures.
+class Later:
+    """An encoder that reads its weights when it is first wanted: a recording has no use for them."""
 
-    The encoder's weights are read when the first eager step runs: a recording has no use for them.
-    """
-
-    def __init__(self, embed: Callable[[Context], Hidden], build: Callable[[], Encoder]) -> None:
-        self._embed = embed
+    def __init__(self, build: Callable[[], Encoder]) -> None:
         self._build = build
         self._encoder: Encoder | None = None
 
-    def __call__(self, ctx: Context) -> Hidden:
-        return ctx.place_images(self._embed, self.encoder)
-
-    def encoder(self) -> Encoder:
+    def __call__(self) -> Encoder:
         if self._encoder is None:
             self._encoder = self._build()
         return self._encoder
 
 
-class SeeingLM(CausalLM):
-    """A text model that sees: its own forward pass, over embeddings with pictures among them."""
+class SeeingEmbedding:
+    """A text model's embeddings, with features in the rows that stand for pictures."""
 
-    def __init__(self, text: CausalLM, build: Callable[[], Encoder]) -> None:
-        text.embed = SeeingEmbedding(text.embed, build)
+    def __init__(self, embed: Callable[[Context], Hidden], encoder: Later) -> None:
+        self._embed = embed
+        self._encoder = encoder
+
+    def __call__(self, ctx: Context) -> Hidden:
+        return ctx.place_images(self._embed, self._encoder)
+
+
+class SeeingLM(CausalLM):
+    """A text model that sees: its own forward pass, over what a family has changed in it."""
+
+    def __init__(self, text: CausalLM) -> None:
         super().__init__(text.embed, text.blocks, text.norm, text.head)
         self.text = text
 
@@ -200,3 +203,9 @@ class SeeingLM(CausalLM):
     @property
     def memory(self) -> Memory:
         return replace(self.text.memory, sees=True)
+
+
+def embedding_pictures(text: CausalLM, build: Callable[[], Encoder]) -> CausalLM:
+    """The text model with pictures among its embeddings."""
+    text.embed = SeeingEmbedding(text.embed, Later(build))
+    return text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from textmill.core import Image
 from textmill.layers.types import Encoder
 
 log = logging.getLogger(__name__)
+Work = Sequence[tuple[int, int, int]]
+"""(slot, start, count), whose rows lie one after the other."""
 
 
 class Pictures:
@@ -21,20 +24,34 @@ class Pictures:
         self._shown = shown
         self._features: dict[bytes, Tensor] = {}
 
-    def place(self, x: Tensor, work: Sequence[tuple[int, int, int]], encoder: Encoder) -> Tensor:
-        """x [rows, columns] of the work (slot, start, count), with features in the rows that stand for images."""
+    def place(self, x: Tensor, work: Work, encoder: Encoder) -> Tensor:
+        """x [rows, columns] with features in the rows that stand for images."""
         row = 0
         for slot, start, count in work:
             for image in self._shown.get(slot, ()):
                 first, last = max(image.start, start), min(image.start + image.count, start + count)
                 if first < last:
-                    features = self.features(image, encoder, x.shape[-1])
-                    x[row + first - start : row + last - start] = features[first - image.start : last - image.start]
+                    features = self._features_of(image, encoder)
+                    fits = features.shape == (image.count, x.shape[-1])
+                    here = slice(first - image.start, last - image.start)
+                    x[row + first - start : row + last - start] = features[here] if fits else torch.nan
             row += count
         return x
 
-    def features(self, image: Image, encoder: Encoder, columns: int) -> Tensor:
-        """[count, columns]; not-a-number throughout if the encoder cannot read it: that fails this sequence alone."""
+    def attend(self, q: Tensor, work: Work, layer: int, heads: int, encoder: Encoder) -> Tensor:
+        """Queries [rows, heads x d] over keys and values of the image that each row sees; zeros where it sees none."""
+        out = torch.zeros_like(q)
+        row = 0
+        for slot, start, count in work:
+            for image, first, last in seen(self._shown.get(slot, ()), start, start + count):
+                features = self._features_of(image, encoder)
+                rows = slice(row + first - start, row + last - start)
+                out[rows] = attended(q[rows], features[layer], heads) if features.ndim == 3 else torch.nan
+            row += count
+        return out
+
+    def _features_of(self, image: Image, encoder: Encoder) -> Tensor:
+        """What the encoder makes of it; nothing, which fits nowhere and fails this sequence alone, if it cannot."""
         known = self._features.get(image.digest)
         if known is None:
             self._forget()
@@ -44,13 +61,30 @@ class Pictures:
                 log.exception("an image of shape %s could not be encoded", image.shape)
                 known = torch.empty(0)
             self._features[image.digest] = known
-        return known if known.shape == (image.count, columns) else torch.full((image.count, columns), torch.nan)
+        return known
 
     def _forget(self) -> None:
         """Drop what no running sequence shows any more."""
         shown = {image.digest for images in self._shown.values() for image in images}
         for digest in self._features.keys() - shown:
             del self._features[digest]
+
+
+def seen(images: Sequence[Image], start: int, end: int) -> Iterator[tuple[Image, int, int]]:
+    """Which image the positions start .. end see, as ranges (image, first, last): the last that began."""
+    for number, image in enumerate(images):
+        until = images[number + 1].start if number + 1 < len(images) else end
+        until = min(until, image.until) if image.until else until
+        first, last = max(image.start, start), min(until, end)
+        if first < last:
+            yield image, first, last
+
+
+def attended(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """Queries [rows, heads x d] over keys and values [keys, 2 x heads x d]; like the queries."""
+    k, v = kv.chunk(2, dim=-1)
+    q, k, v = (x.reshape(len(x), heads, -1).transpose(0, 1) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
 
 
 def normalised(image: Image) -> Tensor:

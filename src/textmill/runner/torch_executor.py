@@ -72,6 +72,9 @@ class EagerContext:
     def place_images(self, embed: Callable[[Context], Hidden], encoder: Callable[[], Encoder]) -> Tensor:
         return self._pictures.place(embed(self), self._work, encoder())
 
+    def attend_images(self, q: Hidden, layer: int, heads: int, encoder: Callable[[], Encoder]) -> Tensor:
+        return self._pictures.attend(q, self._work, layer, heads, encoder())
+
     def outputs(self, x: Hidden) -> Tensor:
         return x[self._wanted]
 

@@ -115,7 +115,7 @@ def _mamba(raw: Raw) -> Raw:
     size, multiple = raw.get("vocab_size"), raw.get("pad_vocab_size_multiple", 1)
     if isinstance(size, int) and isinstance(multiple, int) and multiple > 0:
         size = -(-size // multiple) * multiple
-    return {"model_type": "mamba", "vocab_size": size}
+    return {"model_type": "mamba", "endless": True, "vocab_size": size}
 
 
 def _dbrx(raw: Raw) -> Raw:
@@ -149,6 +149,7 @@ def _t5(raw: Raw) -> Raw:
         "head_dim": raw["d_kv"],
         "intermediate_size": raw.get("d_ff"),
         "max_position_embeddings": 2048,
+        "endless": True,
         "hidden_act": "gelu_new" if kind == "gated-gelu" else str(kind).removeprefix("gated-"),
         "scale_decoder_outputs": raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True)),
         "decoder_start_token_id": start,

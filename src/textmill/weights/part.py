@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from textmill.errors import ModelError
 from textmill.weights.checkpoint import Checkpoint
 from textmill.weights.config import ModelConfig
@@ -19,13 +21,21 @@ if TYPE_CHECKING:
 class Part(Checkpoint):
     """`places` says where its outermost names lie in the whole: {"model": "language_model.model"} and so on.
 
-    What is read here counts as read there.
+    `stacks`: names of tensors whose last rows lie under another name in the whole. What is read here counts as read
+    there.
     """
 
-    def __init__(self, whole: Checkpoint, config: ModelConfig, places: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        whole: Checkpoint,
+        config: ModelConfig,
+        places: Mapping[str, str],
+        stacks: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(whole.path, config)
         self._whole = whole
         self._places = dict(places)
+        self._stacks = {name: more for name, more in (stacks or {}).items() if whole.has(more)}
 
     @property
     def packed(self) -> bool:
@@ -47,17 +57,28 @@ class Part(Checkpoint):
         return self._whole.has(self.there(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._whole.shape(self.there(name))
+        first, *rest = self._whole.shape(self.there(name))
+        return (first + self._whole.shape(self._stacks[name])[0], *rest) if name in self._stacks else (first, *rest)
 
     def unread(self) -> list[str]:
         unread = set(self._whole.unread())
         return [name for name in self.names() if self.there(name) in unread]
 
     def tensor(self, name: str, rows: Indices | None = None, inputs: Indices | None = None) -> Array:
+        if name in self._stacks:
+            return self._stacked(name, rows, inputs)
         return self._whole.tensor(self.there(name), rows, inputs)
 
     def matrix(self, name: str, rows: Indices | None = None, inputs: Indices | None = None) -> Packed | Array:
+        if name in self._stacks:
+            return self._stacked(name, rows, inputs)
         return self._whole.matrix(self.there(name), rows, inputs)
+
+    def _stacked(self, name: str, rows: Indices | None, inputs: Indices | None) -> Array:
+        parts = [np.asarray(self._whole.tensor(one), np.float32) for one in (self.there(name), self._stacks[name])]
+        values: Array = np.concatenate(parts)
+        values = values if rows is None else values[np.asarray(rows)]
+        return values if inputs is None else values[:, np.asarray(inputs)]
 
     def _index(self) -> dict[str, Any]:
         return dict.fromkeys(self.names())

@@ -73,7 +73,8 @@ def request_from_submit(submit: pb.Submit) -> Request:
 def _image(image: pb.Image) -> Image:
     """The fields as they are, of whatever length: the engine judges them."""
     shape, size, mean, std = (tuple(one) for one in (image.shape, image.size, image.mean, image.std))
-    return Image(image.start, image.count, image.pixels, shape, size, mean, std, image.digest)  # type: ignore[arg-type]
+    scale = (shape, size, mean, std)
+    return Image(image.start, image.count, image.pixels, *scale, image.digest, image.until)  # type: ignore[arg-type]
 
 
 def batch_from_emissions(step: int, emissions: Iterable[Emission]) -> pb.StepBatch:

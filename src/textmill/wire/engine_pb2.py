@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0c\x65ngine.proto\x12\x0btextmill.v1\"\xa8\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\ttypical_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x11\n\tdo_sample\x18\x07 \x01(\x08\x12\x0c\n\x04seed\x18\x08 \x01(\x06\"}\n\x05Image\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\x12\r\n\x05shape\x18\x04 \x03(\r\x12\x0c\n\x04size\x18\x05 \x03(\r\x12\x0c\n\x04mean\x18\x06 \x03(\x01\x12\x0b\n\x03std\x18\x07 \x03(\x01\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x0c\"\xf9\x01\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.textmill.v1.Sampling\x12\x13\n\x0bstop_tokens\x18\x05 \x03(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12\x14\n\x0ctop_n_tokens\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x16\n\x0e\x65ncoder_tokens\x18\t \x03(\r\x12\"\n\x06images\x18\n \x03(\x0b\x32\x12.textmill.v1.Image\"F\n\rRouterMessage\x12$\n\x07submits\x18\x01 \x03(\x0b\x32\x13.textmill.v1.Submit\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\"\xa9\x01\n\x05\x45xtra\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fprompt_logprobs\x18\x04 \x03(\x02\x12\x1b\n\x13has_prompt_logprobs\x18\x05 \x01(\x08\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"|\n\tStepBatch\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03ids\x18\x02 \x03(\x04\x12\x0e\n\x06tokens\x18\x03 \x03(\x12\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0e\n\x06\x66inish\x18\x05 \x03(\r\x12\"\n\x06\x65xtras\x18\x06 \x03(\x0b\x32\x12.textmill.v1.Extra\"\r\n\x0bInfoRequest\"\xfe\x02\n\tInfoReply\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x10\n\x08quantize\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x18\n\x10max_input_tokens\x18\t \x01(\r\x12\x18\n\x10max_total_tokens\x18\n \x01(\r\x12 \n\x18max_batch_prefill_tokens\x18\x0b \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\x0c \x01(\x04\x12\x12\n\nblock_size\x18\r \x01(\r\x12\x12\n\nnum_blocks\x18\x0e \x01(\r\x12\x11\n\tmax_slots\x18\x0f \x01(\r\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x1e\n\x16\x64\x65\x63oder_start_token_id\x18\x11 \x01(\x11\"\x0f\n\rHealthRequest\"S\n\x0bHealthReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bstep_age_ns\x18\x02 \x01(\x04\x12\x0f\n\x07working\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\x0e\n\x0cStatsRequest\"p\n\nStatsReply\x12\x33\n\x06values\x18\x01 \x03(\x0b\x32#.textmill.v1.StatsReply.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x80\x02\n\x06\x45ngine\x12?\n\x05Serve\x12\x1a.textmill.v1.RouterMessage\x1a\x16.textmill.v1.StepBatch(\x01\x30\x01\x12\x38\n\x04Info\x12\x18.textmill.v1.InfoRequest\x1a\x16.textmill.v1.InfoReply\x12>\n\x06Health\x12\x1a.textmill.v1.HealthRequest\x1a\x18.textmill.v1.HealthReply\x12;\n\x05Stats\x12\x19.textmill.v1.StatsRequest\x1a\x17.textmill.v1.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0c\x65ngine.proto\x12\x0btextmill.v1\"\xa8\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\ttypical_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x11\n\tdo_sample\x18\x07 \x01(\x08\x12\x0c\n\x04seed\x18\x08 \x01(\x06\"\x8c\x01\n\x05Image\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\x12\r\n\x05shape\x18\x04 \x03(\r\x12\x0c\n\x04size\x18\x05 \x03(\r\x12\x0c\n\x04mean\x18\x06 \x03(\x01\x12\x0b\n\x03std\x18\x07 \x03(\x01\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x0c\x12\r\n\x05until\x18\t \x01(\r\"\xf9\x01\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.textmill.v1.Sampling\x12\x13\n\x0bstop_tokens\x18\x05 \x03(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12\x14\n\x0ctop_n_tokens\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x16\n\x0e\x65ncoder_tokens\x18\t \x03(\r\x12\"\n\x06images\x18\n \x03(\x0b\x32\x12.textmill.v1.Image\"F\n\rRouterMessage\x12$\n\x07submits\x18\x01 \x03(\x0b\x32\x13.textmill.v1.Submit\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\"\xa9\x01\n\x05\x45xtra\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fprompt_logprobs\x18\x04 \x03(\x02\x12\x1b\n\x13has_prompt_logprobs\x18\x05 \x01(\x08\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"|\n\tStepBatch\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03ids\x18\x02 \x03(\x04\x12\x0e\n\x06tokens\x18\x03 \x03(\x12\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0e\n\x06\x66inish\x18\x05 \x03(\r\x12\"\n\x06\x65xtras\x18\x06 \x03(\x0b\x32\x12.textmill.v1.Extra\"\r\n\x0bInfoRequest\"\xfe\x02\n\tInfoReply\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x10\n\x08quantize\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x18\n\x10max_input_tokens\x18\t \x01(\r\x12\x18\n\x10max_total_tokens\x18\n \x01(\r\x12 \n\x18max_batch_prefill_tokens\x18\x0b \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\x0c \x01(\x04\x12\x12\n\nblock_size\x18\r \x01(\r\x12\x12\n\nnum_blocks\x18\x0e \x01(\r\x12\x11\n\tmax_slots\x18\x0f \x01(\r\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x1e\n\x16\x64\x65\x63oder_start_token_id\x18\x11 \x01(\x11\"\x0f\n\rHealthRequest\"S\n\x0bHealthReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bstep_age_ns\x18\x02 \x01(\x04\x12\x0f\n\x07working\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\x0e\n\x0cStatsRequest\"p\n\nStatsReply\x12\x33\n\x06values\x18\x01 \x03(\x0b\x32#.textmill.v1.StatsReply.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x80\x02\n\x06\x45ngine\x12?\n\x05Serve\x12\x1a.textmill.v1.RouterMessage\x1a\x16.textmill.v1.StepBatch(\x01\x30\x01\x12\x38\n\x04Info\x12\x18.textmill.v1.InfoRequest\x1a\x16.textmill.v1.InfoReply\x12>\n\x06Health\x12\x1a.textmill.v1.HealthRequest\x1a\x18.textmill.v1.HealthReply\x12;\n\x05Stats\x12\x19.textmill.v1.StatsRequest\x1a\x17.textmill.v1.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,30 +35,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATSREPLY_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLING']._serialized_start=30
   _globals['_SAMPLING']._serialized_end=198
-  _globals['_IMAGE']._serialized_start=200
-  _globals['_IMAGE']._serialized_end=325
-  _globals['_SUBMIT']._serialized_start=328
-  _globals['_SUBMIT']._serialized_end=577
-  _globals['_ROUTERMESSAGE']._serialized_start=579
-  _globals['_ROUTERMESSAGE']._serialized_end=649
-  _globals['_EXTRA']._serialized_start=652
-  _globals['_EXTRA']._serialized_end=821
-  _globals['_STEPBATCH']._serialized_start=823
-  _globals['_STEPBATCH']._serialized_end=947
-  _globals['_INFOREQUEST']._serialized_start=949
-  _globals['_INFOREQUEST']._serialized_end=962
-  _globals['_INFOREPLY']._serialized_start=965
-  _globals['_INFOREPLY']._serialized_end=1347
-  _globals['_HEALTHREQUEST']._serialized_start=1349
-  _globals['_HEALTHREQUEST']._serialized_end=1364
-  _globals['_HEALTHREPLY']._serialized_start=1366
-  _globals['_HEALTHREPLY']._serialized_end=1449
-  _globals['_STATSREQUEST']._serialized_start=1451
-  _globals['_STATSREQUEST']._serialized_end=1465
-  _globals['_STATSREPLY']._serialized_start=1467
-  _globals['_STATSREPLY']._serialized_end=1579
-  _globals['_STATSREPLY_VALUESENTRY']._serialized_start=1534
-  _globals['_STATSREPLY_VALUESENTRY']._serialized_end=1579
-  _globals['_ENGINE']._serialized_start=1582
-  _globals['_ENGINE']._serialized_end=1838
+  _globals['_IMAGE']._serialized_start=201
+  _globals['_IMAGE']._serialized_end=341
+  _globals['_SUBMIT']._serialized_start=344
+  _globals['_SUBMIT']._serialized_end=593
+  _globals['_ROUTERMESSAGE']._serialized_start=595
+  _globals['_ROUTERMESSAGE']._serialized_end=665
+  _globals['_EXTRA']._serialized_start=668
+  _globals['_EXTRA']._serialized_end=837
+  _globals['_STEPBATCH']._serialized_start=839
+  _globals['_STEPBATCH']._serialized_end=963
+  _globals['_INFOREQUEST']._serialized_start=965
+  _globals['_INFOREQUEST']._serialized_end=978
+  _globals['_INFOREPLY']._serialized_start=981
+  _globals['_INFOREPLY']._serialized_end=1363
+  _globals['_HEALTHREQUEST']._serialized_start=1365
+  _globals['_HEALTHREQUEST']._serialized_end=1380
+  _globals['_HEALTHREPLY']._serialized_start=1382
+  _globals['_HEALTHREPLY']._serialized_end=1465
+  _globals['_STATSREQUEST']._serialized_start=1467
+  _globals['_STATSREQUEST']._serialized_end=1481
+  _globals['_STATSREPLY']._serialized_start=1483
+  _globals['_STATSREPLY']._serialized_end=1595
+  _globals['_STATSREPLY_VALUESENTRY']._serialized_start=1550
+  _globals['_STATSREPLY_VALUESENTRY']._serialized_end=1595
+  _globals['_ENGINE']._serialized_start=1598
+  _globals['_ENGINE']._serialized_end=1854
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., do_sample: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("start", "count", "pixels", "shape", "size", "mean", "std", "digest")
+    __slots__ = ("start", "count", "pixels", "shape", "size", "mean", "std", "digest", "until")
     START_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Image(_message.Message):
     MEAN_FIELD_NUMBER: _ClassVar[int]
     STD_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
     start: int
     count: int
     pixels: bytes
@@ -44,7 +45,8 @@ class Image(_message.Message):
     mean: _containers.RepeatedScalarFieldContainer[float]
     std: _containers.RepeatedScalarFieldContainer[float]
     digest: bytes
-    def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ..., pixels: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    until: int
+    def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ..., pixels: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., digest: _Optional[bytes] = ..., until: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("id", "tokens", "max_new_tokens", "sampling", "stop_tokens", "prompt_logprobs", "top_n_tokens", "cache_salt", "encoder_tokens", "images")
