@@ -132,15 +132,19 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     unknown = vocabulary.token("unknown")
     options: dict[str, Any] = {} if unknown is None else {"unk_token": unknown, "fuse_unk": True}
     tokenizer = _bpe(vocabulary, _merges_by_score(vocabulary), byte_fallback=True, **options)
-    prefixed = vocabulary.switch("add_space_prefix", True)
-    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefixed else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    _mark_spaces(tokenizer, vocabulary, [])
     _add_ends(tokenizer, vocabulary, bos=True)
     return tokenizer
+
+
+def _mark_spaces(tokenizer: Tokenizer, vocabulary: _Vocabulary, before: list[normalizers.Normalizer]) -> None:
+    """Spaces become U+2581, one more stands before the text unless the file says otherwise, and all that back."""
+    prefixed = vocabulary.switch("add_space_prefix", True)
+    first = [normalizers.Prepend("▁")] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*before, *first, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(back)
 
 
 def _unigram(vocabulary: _Vocabulary) -> Tokenizer:
@@ -153,11 +157,9 @@ def _unigram(vocabulary: _Vocabulary) -> Tokenizer:
     except Exception as error:  # the Rust library raises plain Exception, for an unknown token outside the vocabulary
         raise vocabulary.fail("unknown_token_id", str(error)[:200]) from error
     tokenizer = Tokenizer(model)
-    prefixed = "always" if vocabulary.switch("add_space_prefix", True) else "never"
-    steps = cleaning(vocabulary)
-    tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prefixed)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme=prefixed)])
+    _mark_spaces(tokenizer, vocabulary, cleaning(vocabulary))
+    if not any("▁" in token[1:] for token in vocabulary.tokens):  # no piece goes over a word's end: fewer ways to cut
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="never")
     _add_ends(tokenizer, vocabulary, bos=False, eos=True)
     return tokenizer
 
