@@ -38,6 +38,13 @@ def test_blocks_without_bytes(folder: Path) -> None:
         runner.close()
 
 
+def test_nothing_counts_positions(folder: Path) -> None:
+    settings = Settings(max_total_tokens=5000, max_batch_size=1)
+    runner, info = build_runner(settings, ModelSource("m", folder, "safetensors", ""), lambda *_, **__: None)
+    runner.close()
+    assert info.max_total_tokens == 5000
+
+
 def test_as_many_slots_as_have_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     each = 2 * 96 * (3 + 8) * 4  # layers, channels, states: floats
     assert slots_that_fit(128, each, 20 * each) == 10

@@ -16,6 +16,7 @@ from textmill.weights.gguf import GgufFile
 
 _LARGEST_JSON = 64 << 20
 _LARGEST_NUMBER = 1 << 31
+_LONGEST_ENDLESS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +63,13 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest sequence that the model can be served with: more than it says where its rope stretches.
+        """Tokens of the longest sequence that the model can be served with: more than it says where its rope stretches,
+        or where nothing in it counts positions.
 
         It says what yarn was trained on, and up to where a dynamic rope is not stretched.
         """
+        if self.switch("endless", False):
+            return _LONGEST_ENDLESS
         scaling = self.rope_scaling or {}
         reach = {
             "dynamic": self.max_position_embeddings,
