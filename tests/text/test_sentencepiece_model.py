@@ -40,6 +40,16 @@ WAYS: dict[str, dict[str, Any]] = {
         "user_defined_symbols": ["<reserved_1>", "<reserved_2>"],
     },
     "defaults": {},
+    "unigrams": {"model_type": "unigram", "vocab_size": 160},
+    "unigrams with bytes": {
+        "model_type": "unigram",
+        "vocab_size": 380,
+        "byte_fallback": True,
+        "unk_id": 2,
+        "pad_id": 0,
+        "bos_id": 3,
+        "eos_id": 1,
+    },
     "without bytes": {"normalization_rule_name": "nfkc", "split_digits": True},
 }
 
