@@ -96,6 +96,12 @@ def test_a_long_hostile_text_takes_linear_time(tokenizer: Tokenizer, text: str) 
         ("llama-bpe", ["It", "'s", " ", "202", "4", " ", " ", "7"]),
         ("qwen2", ["It", "'s", " ", "2", "0", "2", "4", " ", " ", "7"]),
         ("falcon", ["It", "'", "s", " ", "202", "4", " ", " 7"]),
+        ("default", ["It", "'", "s", " ", "202", "4", " ", " ", "7"]),
+        ("bloom", ["It's", " 2024", " ", " 7"]),
+        ("gpt-4o", ["It's", " ", "202", "4", " ", " ", "7"]),
+        ("tekken", ["It", "'s", " ", "2", "0", "2", "4", " ", " ", "7"]),
+        ("deepseek-v3", ["It", "'s", " ", "202", "4", "  ", "7"]),
+        ("deepseek-coder", ["It", "'", "s", " ", "2", "0", "2", "4", "  ", "7"]),
     ],
 )
 def test_pre_tokenizers(pre: str | None, pieces: list[str]) -> None:
@@ -103,6 +109,13 @@ def test_pre_tokenizers(pre: str | None, pieces: list[str]) -> None:
     text = "It's 2024  7"
     cut = [text[start:stop] for _, (start, stop) in backend.pre_tokenizer.pre_tokenize_str(text)]
     assert cut == pieces
+
+
+def test_a_file_without_a_name_is_cut_as_its_architecture_was(caplog: pytest.LogCaptureFixture) -> None:
+    metadata = byte_metadata(None) | {"general.architecture": "starcoder"}
+    backend = gguf_tokenizer.build(metadata, HERE)
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a12")] == ["a", "1", "2"]
+    assert "names no pre-tokenizer" in caplog.text
 
 
 def test_merges_and_ends_of_a_byte_level_vocabulary() -> None:
