@@ -1,74 +1,100 @@
-"""Convolution and scan: their formulas, and the same bits however a sequence is cut and whoever stands beside it."""
+"""Recorded convolutions and scans: what the reference means, whatever a sequence's rows are cut into."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from textmill.kernels import recurrence
+from tests.kernels.tiny import put, work
+from textmill.kernels import native, recurrence
+from textmill.kernels.native import Program, dense_weight
 from textmill.kernels.spec import ConvolutionSpec, ScanSpec
 
-# Whole vectors: torch computes what is left over of them by other functions.
-CHANNELS, COLUMNS, WIDTH, ROWS = 32, 8, 4, 150
-GENERATOR = torch.Generator().manual_seed(3)
+TOKENS = 128
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=GENERATOR)
+@pytest.fixture(params=["best", "portable"], autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = native.instruction_set()
+    if request.param == "portable":
+        assert native.set_instruction_set("portable")
+    yield
+    native.set_instruction_set(before)
+    native.set_threads(0)
 
 
-CONVOLUTION = ConvolutionSpec(normal(CHANNELS, WIDTH), normal(CHANNELS))
-SCAN = ScanSpec(-normal(CHANNELS, COLUMNS).exp(), normal(CHANNELS))
-X, DT, BC = normal(3, ROWS, 2 * CHANNELS), normal(3, ROWS, CHANNELS), normal(3, ROWS, 2 * COLUMNS)
+class Mixer:
+    """[x | gate] of a token from a table; x through a convolution and a scan; steps, b and c are rows of tables too."""
+
+    def __init__(self, channels: int = 77, columns: int = 6, taps: int = 4) -> None:
+        torch.manual_seed(channels)
+        self.channels, self.columns, self.taps = channels, columns, taps
+        self.both = torch.randn(TOKENS, 2 * channels)
+        self.step, self.bc = torch.randn(TOKENS, channels) * 3, torch.randn(TOKENS, 2 * columns)
+        self.convolution = ConvolutionSpec(torch.randn(channels, taps), torch.randn(channels))
+        self.scanning = ScanSpec(-torch.rand(channels, columns) - 0.05, torch.randn(channels))
+
+    def program(self, slots: int = 3) -> Program:
+        p = Program(max_rows=200, max_slots=slots, max_total_tokens=200, vocab_size=TOKENS)
+        both, step, bc = (p.embed(dense_weight(table)) for table in (self.both, self.step, self.bc))
+        y = p.scan(p.convolve(both, self.convolution), step, bc, both, self.scanning)
+        p.finish(p.outputs(p.matmul(y, dense_weight(torch.eye(TOKENS, self.channels)))))
+        p.allocate(slots * p.block_table.shape[1])
+        return p
+
+    def expected(self, tokens: np.ndarray) -> torch.Tensor:
+        states = torch.zeros(1, self.channels, self.taps - 1), torch.zeros(1, self.channels, self.columns)
+        ids, items = torch.from_numpy(tokens).long(), [(0, 0, len(tokens))]
+        both = self.both[ids]
+        x = recurrence.convolve(both, states[0], items, self.convolution)
+        return recurrence.scan(x, self.step[ids], self.bc[ids], both, states[1], items, self.scanning)
 
 
-def computed(steps: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
-    """Both operations over steps of (sequence, count): [sequences, rows, channels]. Sequence i is in slot 2 - i."""
-    inputs, states = torch.zeros(3, CHANNELS, WIDTH - 1), torch.zeros(3, CHANNELS, COLUMNS)
-    out, done = torch.zeros(3, ROWS, CHANNELS), [0, 0, 0]
-    for step in steps:
-        work = [(2 - i, done[i], count) for i, count in step]
-        x, dt, bc = (torch.cat([rows[i, done[i] : done[i] + n] for i, n in step]) for rows in (X, DT, BC))
-        inner = recurrence.convolve(x, inputs, work, CONVOLUTION)
-        y = recurrence.scan(inner, dt, bc, x, states, work, SCAN)
-        for (i, count), own in zip(step, torch.split(y, [count for _, count in step]), strict=True):
-            out[i, done[i] : done[i] + count] = own
-            done[i] += count
-    return out
+def tokens_of(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, TOKENS, count).astype(np.int32)
 
 
-def by_formula(sequence: int) -> torch.Tensor:
-    x, dt, bc = X[sequence].double(), DT[sequence].double(), BC[sequence].double()
-    weight, bias = torch.as_tensor(CONVOLUTION.weight).double(), torch.as_tensor(CONVOLUTION.bias).double()
-    a, skip = torch.as_tensor(SCAN.a).double(), torch.as_tensor(SCAN.skip).double()
-    h = torch.zeros(CHANNELS, COLUMNS, dtype=torch.float64)
-    out = []
-    for t in range(ROWS):
-        taps = [weight[:, WIDTH - 1 - back] * x[t - back, :CHANNELS] for back in range(min(WIDTH, t + 1))]
-        u = torch.nn.functional.silu(bias + sum(taps))
-        step = torch.nn.functional.softplus(dt[t])
-        b, c = bc[t, :COLUMNS], bc[t, COLUMNS:]
-        h = torch.exp(step[:, None] * a) * h + (step * u)[:, None] * b
-        out.append((h @ c + skip * u) * torch.nn.functional.silu(x[t, CHANNELS:]))
-    return torch.stack(out)
+def results(p: Program, tokens: np.ndarray, slot: int = 0) -> np.ndarray:
+    put(p, slot, tokens)
+    return p.logits(work((slot, 0, len(tokens), 0)), every_row=True)
 
 
-def test_the_formula() -> None:
-    found = computed([[(i, ROWS)] for i in range(3)])
-    for i in range(3):
-        torch.testing.assert_close(found[i].double(), by_formula(i), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("sizes", [{}, {"channels": 128, "columns": 16}, {"channels": 5, "taps": 2}], ids=str)
+def test_equals_the_reference(sizes: dict[str, Any]) -> None:
+    mixer, tokens = Mixer(**sizes), tokens_of(90)
+    got = torch.from_numpy(results(mixer.program(), tokens))[:, : mixer.channels]
+    torch.testing.assert_close(got, mixer.expected(tokens), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [[(i, 1)] for i in range(3) for _ in range(ROWS)],
-        [[(0, 1), (1, 1), (2, 1)]] * ROWS,
-        [[(0, 37), (2, 1)], [(2, 100), (1, 3), (0, 1)], [(0, ROWS - 38), (1, ROWS - 3), (2, ROWS - 101)]],
-    ],
-    ids=["token by token", "side by side", "in uneven chunks"],
-)
-def test_the_same_bits_however_it_is_cut(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
-    assert torch.equal(computed(steps), computed([[(i, ROWS)] for i in range(3)]))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_neighbours_or_chunks(threads: int) -> None:
+    mixer, tokens = Mixer(), tokens_of(100)
+    native.set_threads(threads)
+    whole = results(mixer.program(), tokens)
+    for size in (1, 2, 7, 64):
+        p = mixer.program()
+        for slot in (0, 1, 2):
+            put(p, slot, tokens if slot == 1 else tokens_of(150, slot))
+        for start in range(0, 100, size):
+            count = min(size, 100 - start)
+            items = [(0, start, 9, 0), (1, start, count, 0), (2, start, 1, 0)]
+            got = p.logits(work(*items), every_row=True)[9 : 9 + count]
+            assert np.array_equal(got, whole[start : start + count]), (size, start)
+
+
+def test_a_slot_begins_anew() -> None:
+    mixer, tokens = Mixer(), tokens_of(40)
+    p = mixer.program()
+    first = results(p, tokens)
+    mixer.both[int(tokens[0])] = torch.nan
+    broken = mixer.program()
+    assert np.isnan(results(broken, tokens)).any()
+    others = tokens_of(30, 5)
+    others = others[others != tokens[0]]
+    assert np.isfinite(results(broken, others)).all()
+    results(p, others)
+    assert np.array_equal(results(p, tokens), first)

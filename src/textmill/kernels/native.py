@@ -19,7 +19,7 @@ from textmill.kernels.native_weights import pack_weight as pack_weight
 from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
-from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec, ExpertsSpec
+from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec, ConvolutionSpec, ExpertsSpec, ScanSpec
 
 try:
     from textmill import _native
@@ -236,6 +236,16 @@ class Program:
         up, back = ([weight.handle for weight in matrices] for matrices in (gate_up, down))
         norm = spec.norm or 0.0
         return self._rows(self._native.experts(self._own(x), self._own(scores), up, back, spec.top_k, norm, number))
+
+    def convolve(self, x: Rows, spec: ConvolutionSpec) -> Rows:
+        """Of the first columns of x, with each slot's last inputs (see ConvolutionSpec), which start as zeros."""
+        weight = self._keep(plain(spec.weight, np.float32).T)
+        return self._rows(self._native.convolve(self._own(x), weight, self._keep_if(spec.bias)))
+
+    def scan(self, x: Rows, dt: Rows, bc: Rows, gate: Rows, spec: ScanSpec) -> Rows:
+        """A selective state space with a state per slot (see ScanSpec), which starts as zeros; bc: rows of b | c."""
+        own, a = self._own, self._keep(plain(spec.a, np.float32).T)
+        return self._rows(self._native.scan(own(x), own(dt), own(bc), own(gate), a, self._keep(spec.skip)))
 
     def outputs(self, x: Rows) -> Rows:
         """Only the rows whose logits are wanted; what follows is the head and may read nothing from before."""

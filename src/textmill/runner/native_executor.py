@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
 from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays, Unrecordable
-from textmill.kernels.spec import Array, AttentionSpec
+from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Hidden, Stored
 from textmill.runner.runner import NOT_FINITE
@@ -38,6 +38,12 @@ class Recorder:
     def attend(self, qkv: Hidden, layer: int, spec: AttentionSpec) -> Hidden:
         return cast(Hidden, self._program.attend(cast(Rows, qkv), layer, spec))
 
+    def convolve(self, x: Hidden, state: int, spec: ConvolutionSpec) -> Hidden:
+        return cast(Hidden, self._program.convolve(cast(Rows, x), spec))
+
+    def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Hidden:
+        return cast(Hidden, self._program.scan(cast(Rows, x), cast(Rows, dt), cast(Rows, bc), cast(Rows, gate), spec))
+
     def outputs(self, x: Hidden) -> Hidden:
         return cast(Hidden, self._program.outputs(cast(Rows, x)))
 
@@ -62,7 +68,7 @@ class NativeExecutor:
 
     @property
     def buffer_bytes(self) -> int:
-        return self.program.arena_bytes
+        return self.program.arena_bytes + self.program.max_slots * self.memory.bytes_per_slot(0)
 
     @property
     def compute_seconds(self) -> float:

@@ -15,7 +15,6 @@ from tests.models.parity import Case, Oracle, source_of, transformers_oracle
 from tests.models.tiny import Make, random_checkpoint
 
 PLAIN = transformers_oracle("eager")
-NO_SCAN = "the native program has neither convolution nor scan"
 STATE = "a state per sequence is in no block"
 
 
@@ -96,13 +95,12 @@ CASES = [
         decoder_of,
         not_native=NO_ENCODER,
     ),
-    Case("mamba", "tied", mamba(), PLAIN, not_native=NO_SCAN, no_prefix_cache=STATE),
+    Case("mamba", "tied", mamba(), PLAIN, no_prefix_cache=STATE),
     Case(
         "mamba",
         "own head, biases",
         mamba(tie_word_embeddings=False, use_bias=True, conv_kernel=3, expand=3),
         PLAIN,
-        not_native=NO_SCAN,
         no_prefix_cache=STATE,
     ),
     Case(
@@ -110,7 +108,6 @@ CASES = [
         "first releases",
         as_the_authors_name_it(mamba()),
         lambda folder: PLAIN(folder / "hub"),
-        not_native=NO_SCAN,
         no_prefix_cache=STATE,
     ),
 ]
