@@ -5,6 +5,7 @@ A job is one JSON line: the checkpoint and the sizes of its executor; it ends wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -40,6 +41,8 @@ for line in sys.stdin:
     leader.send(Plan(0, 0))
     try:
         follow(executor, leader)
-    except RankLost:
+    except RankLost as error:
+        with contextlib.suppress(RankLost):
+            leader.send(Failure(error.message))
         break
     leader.send(Failure("\n".join(checkpoint.unread())))

@@ -35,6 +35,7 @@ def serve_shard(settings: str, meeting: str, rank: int, ranks: int, leader_fd: i
         serve_part(handed.settings, source, leader, rank, ranks, Path(meeting))
     except RankLost as error:
         logs.event(log, logging.DEBUG, f"rank {rank} ends: {error}")
+        report(leader, Failure(error.message))
         leave(1)
     except TextmillError as error:
         report(leader, Failure(error.message))
@@ -47,7 +48,7 @@ def serve_shard(settings: str, meeting: str, rank: int, ranks: int, leader_fd: i
 
 
 def report(leader: Channel, words: Failure) -> None:
-    """Tell the reason, and wait until the leader, who tells it on, has ended."""
+    """Tell the reason, and wait for the leader's end: who ends first is taken for the cause."""
     from textmill.parallel.group import RankLost
 
     try:

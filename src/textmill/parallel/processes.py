@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
@@ -69,5 +70,5 @@ def tensor_of(x: object, operation: str) -> torch.Tensor:
 
 
 def first_line(error: Exception) -> str:
-    """Backends add a stack of their own."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Without the place in the backend's source, and the stack that some add."""
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", str(error).strip().partition("\n")[0])

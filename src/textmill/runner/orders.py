@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from typing import TypeAlias
@@ -63,6 +64,10 @@ class Channel:
     def receive(self) -> Message:
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
         return _decoder.decode(self._exactly(length))
+
+    def speaks(self, seconds: float) -> bool:
+        """Whether the other end says something, or ends, within this time."""
+        return bool(select.select([self._end], [], [], seconds)[0])
 
     def close(self) -> None:
         self._end.close()

@@ -13,6 +13,9 @@ from textmill.runner.orders import Channel, Order
 from textmill.runner.slots import SlotTables, apply
 from textmill.runner.torch_executor import TorchExecutor
 
+# Seconds in which every rank that still runs says that it, too, misses one.
+PATIENCE = 0.5
+
 
 class LeadingExecutor(TorchExecutor):
     """Rank 0's: tells the `peers` every step before it computes its own part, and alone chooses tokens.
@@ -55,8 +58,12 @@ class LeadingExecutor(TorchExecutor):
             for peer in self._peers:
                 peer.send(order)
             return super().compute(work)
+        except RankLost as error:
+            silent = [rank for rank, peer in enumerate(self._peers, 1) if not peer.speaks(PATIENCE)]
+            self._lost = f"rank {silent[0]} does not answer" if silent else error.message
+            raise RankLost(self._lost) from error
         except Exception as error:  # whatever broke, the others now wait in the middle of this step
-            self._lost = str(error) if isinstance(error, RankLost) else f"{type(error).__name__}: {error}"
+            self._lost = f"{type(error).__name__}: {error}"
             raise RankLost(self._lost) from error
 
     def _since(self, item: SlotWork, before: int) -> tuple[int, ...]:

@@ -30,8 +30,10 @@ from textmill.weights.config import ModelConfig
 from textmill.weights.source import ModelSource
 from textmill.weights.view import View
 
-# A rank that reads its weights answers late; one that is dead is noticed at once.
-LONGEST_EXCHANGE = 600.0
+# How long an exchange may take, as a part of the time after which the launcher kills a hung engine: the group is the
+# first to notice, and can say which rank it is. A rank that is gone is noticed at once.
+PART_OF_HANG = 0.8
+LONGEST_EXCHANGE = 600.0  # where the launcher never kills
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def build_leader(
     report("load", f"reading {source.model_id} on {size} ranks (torch kernels)")
     part = read_part(settings, source, 0, size)
     cache, shape = agreed(part, peers)
-    part.group.join(meeting, seconds=settings.engine_hang_timeout or LONGEST_EXCHANGE)
+    part.group.join(meeting, seconds=longest_exchange(settings))
     executor = LeadingExecutor(part.model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, cache.num_blocks, peers)
     executor.weight_bytes = build.float_bytes(part.checkpoint)
     report("load", "all ranks are there", seconds=time.perf_counter() - started)
@@ -75,7 +77,7 @@ def serve_part(settings: Settings, source: ModelSource, leader: Channel, rank: i
     plan = leader.receive()
     if not isinstance(plan, Plan):
         raise ModelError("the leading rank sent something other than its plan")
-    part.group.join(meeting, seconds=settings.engine_hang_timeout or LONGEST_EXCHANGE)
+    part.group.join(meeting, seconds=longest_exchange(settings))
     follow(TorchExecutor(part.model, plan.slots, part.shape.max_total_tokens, BLOCK_SIZE, plan.blocks), leader)
 
 
@@ -98,6 +100,10 @@ def read_part(settings: Settings, source: ModelSource, rank: int, size: int) -> 
     taken = weights + shape.max_slots * each
     cache = build.sized(settings, shape, size * bytes_per_block(model, BLOCK_SIZE), taken)
     return Part(checkpoint, config, model, group, shape, cache)
+
+
+def longest_exchange(settings: Settings) -> float:
+    return PART_OF_HANG * settings.engine_hang_timeout or LONGEST_EXCHANGE
 
 
 def agreed(part: Part, peers: Sequence[Channel]) -> tuple[CachePlan, Shape]:
