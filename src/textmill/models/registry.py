@@ -36,6 +36,7 @@ FAMILIES = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
     "santacoder": "santacoder",
     "starcoder2": "starcoder2",
     "t5": "t5",

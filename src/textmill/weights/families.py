@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Raw] = {
     "mpt": {"layer_norm_epsilon": 1e-5},
     "opt": {"activation_function": "relu"},
     "qwen2": {"use_sliding_window": False},
+    "qwen3_moe": {"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8},
     "qwen3": {"use_sliding_window": False, "head_dim": 128},
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     "gemma": {"head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh"},

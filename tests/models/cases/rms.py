@@ -80,6 +80,7 @@ MISTRAL = [
     Case("mistral", "window", sized("mistral", sliding_window=24, rewrite=hub_style)),
     Case("mistral", "own head_dim", sized("mistral", sliding_window=None, head_dim=32)),
 ]
+MOE = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 QWEN = [
     Case("qwen2", "biases", sized("qwen2", rewrite=hub_style)),
     Case("qwen2", "tied", sized("qwen2", tie_word_embeddings=True)),
@@ -89,6 +90,8 @@ QWEN = [
         sized("qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=24, max_window_layers=1),
     ),
     Case("qwen3", "norms of queries and keys", sized("qwen3", head_dim=32)),
+    Case("qwen3_moe", "one layer without experts", sized("qwen3_moe", mlp_only_layers=[0], **MOE)),
+    Case("qwen3_moe", "weights that sum to one", sized("qwen3_moe", norm_topk_prob=True, **MOE)),
     Case("qwen3", "tied", sized("qwen3", head_dim=16, tie_word_embeddings=True)),
 ]
 PHI3 = [
