@@ -29,7 +29,7 @@ def test_blocks_without_bytes(folder: Path) -> None:
     settings = Settings(max_total_tokens=64, max_batch_size=3)
     runner, info = build_runner(settings, source, lambda phase, text, **_: lines.append(text))
     try:
-        assert any("convolve" in line and "torch" in line for line in lines)
+        assert not any("torch" in line for line in lines), lines
         assert (runner.limits.forward_only, runner.limits.reach, runner.limits.encodes) == (True, 0, False)
         assert info.num_blocks == 3 * 64 // 16
         runner.submit(Step(1, (SlotWork(2, 0, 5, True),), (Admission(2, (3, 4, 5, 6, 7), Sampling()),)))

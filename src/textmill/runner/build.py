@@ -155,6 +155,7 @@ def build_executor(
     Float models are exact: their cache is float32. Packed ones keep 16-bit keys and values. Torch reads the weights at
     the first step, so room is left for their `unread_bytes`.
     """
+    held = shape.max_slots * model.memory.bytes_per_slot(shape.max_total_tokens)
     if native:
         from textmill.kernels.native import Program
         from textmill.runner.native_executor import NativeExecutor
@@ -170,12 +171,11 @@ def build_executor(
             threads=shape.threads,
         )
         executor = NativeExecutor(model, program, dtype="packed" if packed else "float32")
-        plan = sized(settings, shape, program.kv_bytes_per_block)
+        plan = sized(settings, shape, program.kv_bytes_per_block, held)
         program.allocate(plan.num_blocks)
         return executor, plan
     from textmill.runner.torch_executor import TorchExecutor, bytes_per_block
 
-    held = shape.max_slots * model.memory.bytes_per_slot(shape.max_total_tokens)
     plan = sized(settings, shape, bytes_per_block(model, BLOCK_SIZE), unread_bytes + held)
     eager = TorchExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, plan.num_blocks)
     eager.weight_bytes = unread_bytes
