@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from textmill.errors import ModelError
-from textmill.text import gguf_tokenizer, sentencepiece_model
+from textmill.text import gguf_tokenizer, merges_files, sentencepiece_model
 from textmill.text.marked_sequences import knows_marks, with_marks
 from textmill.weights.config import read_json, token_ids
 from textmill.weights.gguf import GgufFile
@@ -173,12 +173,10 @@ def _from_folder(folder: Path, override: dict[str, Any] | None) -> Tokenizer:
 
 
 def _backend(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """tokenizer.json, or tokenizer.model where there is none, and what `bos` and `eos` are if that file says so."""
-    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not file.is_file() and model.is_file():
-        return sentencepiece_model.load(model, config)
+    """tokenizer.json, or what else there is, and what `bos` and `eos` are if those files say so."""
+    file = folder / "tokenizer.json"
     if not file.is_file():
-        raise ModelError(f"{file}: missing (tokenizers are read from tokenizer.json or tokenizer.model)")
+        return _other_backend(folder, config)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises plain Exception for a file it cannot read
@@ -186,6 +184,15 @@ def _backend(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
     backend.no_truncation()
     backend.no_padding()
     return backend, {}
+
+
+def _other_backend(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    for name in ("tokenizer.model", "spiece.model"):
+        if (folder / name).is_file():
+            return sentencepiece_model.load(folder / name, config)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return merges_files.load(folder, config)
+    raise ModelError(f"{folder / 'tokenizer.json'}: missing, and no tokenizer.model, nor vocab.json and merges.txt")
 
 
 def _set_llama_ends(backend: tokenizers.Tokenizer, config: dict[str, Any], ends: Ends) -> None:
