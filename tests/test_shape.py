@@ -129,7 +129,7 @@ def test_nothing_heavy_is_imported_with(root: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("textmill.api.router", {"torch", "transformers"}),
+        ("textmill.api.router", {"torch", "transformers", "PIL"}),
         ("textmill.wire.client", {"torch", "transformers"}),
         ("textmill.engine.engine", {"torch", "transformers", "grpc"}),
         ("textmill.weights.source", {"torch", "transformers"}),

@@ -17,7 +17,7 @@ from textmill.images.address import hosts
 from textmill.images.decoder import Decoder
 from textmill.images.fetch import Fetcher
 from textmill.images.prompt import Sight
-from textmill.images.recipe import BICUBIC, CLIP_MEAN, CLIP_STD, FAKE, Recipe
+from textmill.images.recipe import BICUBIC, CLIP_MEAN, CLIP_STD, Recipe
 from textmill.text.chat import ChatTemplate
 
 SQUARE = Recipe("square", CLIP_MEAN, CLIP_STD, BICUBIC, side=8, tokens=2)
@@ -168,17 +168,3 @@ class TestModelsThatSeeNothing:
         answer = await client.post("/generate", json={"inputs": f"a![]({PICTURE})"})
         assert answer.status_code == 422
         assert "image modality is not supported" in answer.json()["error"]
-
-
-def test_the_token_around_pictures_stands_once_between_two() -> None:
-    from textmill.images.decoder import Tiles
-    from textmill.images.prompt import joined, placeholder
-
-    recipe = Recipe("split", CLIP_MEAN, CLIP_STD, BICUBIC, tokens=2, around=FAKE)
-    tile = Tiles(b"", (1, 3, 1, 1), (1, 1), 2, b"")
-    one = placeholder([tile, tile], FAKE, "<image>")
-    text = joined(["a ", one, "", one, "b"], recipe)
-    pictures = FAKE + "<image><image>"
-    assert text == "a " + 4 * pictures + FAKE + " b"
-    stripped = Recipe("square", CLIP_MEAN, CLIP_STD, BICUBIC, tokens=1, around=FAKE, strips=True)
-    assert joined([" a ", f"{FAKE}<image>{FAKE}", " b "], stripped) == f"a{FAKE}<image>{FAKE}b"

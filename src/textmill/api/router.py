@@ -108,7 +108,7 @@ async def run_router(
     while not Path(place.engine_socket).exists() and not (reading.done() and reading.exception()):
         await asyncio.sleep(SOCKET_PAUSE)
     tokenizer = await reading
-    sight = load_sight(model_path, tokenizer.backend, settings)
+    sight = load_sight(model_path, tokenizer.backend, settings, tokenizer.eos_token)
     engine = WireClient(Path(place.engine_socket))
     await engine.connect(ENGINE_WAIT)
     try:

@@ -23,8 +23,11 @@ class Vocabulary(Protocol):
     def id_to_token(self, id: int, /) -> str | None: ...  # noqa: A002 - the library's own name
 
 
-def load_sight(folder: Path, vocabulary: Vocabulary, settings: Settings) -> Sight | None:
-    """None for a model that sees nothing. Raises ModelError for one whose files do not say how it sees."""
+def load_sight(folder: Path, vocabulary: Vocabulary, settings: Settings, end: str | None = None) -> Sight | None:
+    """None for a model that sees nothing. `end`: the text of the token that ends texts.
+
+    Raises ModelError for a model whose files do not say how it sees.
+    """
     if not (folder / "config.json").is_file():
         return None
     recipe = recipe_of(folder, read_json(folder / "config.json"), processor_files(folder))
@@ -35,7 +38,8 @@ def load_sight(folder: Path, vocabulary: Vocabulary, settings: Settings) -> Sigh
     if token is None or token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no token that stands for images")
     fetcher = Fetcher(hosts(settings.allow_remote_images), settings.max_image_fetch_size)
-    return Sight(recipe, token, token_id, Decoder(recipe), fetcher)
+    end_id = None if end is None else vocabulary.token_to_id(end)
+    return Sight(recipe, token, token_id, Decoder(recipe), fetcher, end_id)
 
 
 def processor_files(folder: Path) -> dict[str, Any]:

@@ -29,9 +29,21 @@ class Shown:
 
 
 class Sight:
-    """What a router needs for a model that sees. `token` is the image token's text, `token_id` its number."""
+    """What a router needs for a model that sees. `token` is the image token's text, `token_id` its number.
 
-    def __init__(self, recipe: Recipe, token: str, token_id: int, decoder: Decoder, fetcher: Fetcher) -> None:
+    `end_id`: the token that ends texts, behind which an earlier image is not seen (where `recipe.strips`).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        token: str,
+        token_id: int,
+        decoder: Decoder,
+        fetcher: Fetcher,
+        end_id: int | None = None,
+    ) -> None:
+        self._end_id = end_id if recipe.strips else None
         self.recipe = recipe
         self.token = token
         self.token_id = token_id
@@ -62,9 +74,11 @@ class Sight:
         places = [place for place, one in enumerate(ids) if one == self.token_id]
         if len(places) != sum(one.tokens for one in shown.tiles):
             raise InvalidRequest(f"`inputs` must not have {self.token} in its text: it stands for images")
+        ends = [place for place, one in enumerate(ids, 1) if one == self._end_id]
         images, at = [], 0
         for one in shown.tiles:
-            images.append(image_at(places[at], one, self.recipe))
+            until = next((end for end in ends if end > places[at]), 0)
+            images.append(image_at(places[at], one, self.recipe, until))
             at += one.tokens
         return tuple(images)
 
@@ -101,17 +115,29 @@ def placeholder(tiles: Sequence[Tiles], around: str, token: str) -> str:
 
 
 def joined(words: list[str], recipe: Recipe) -> str:
-    """Text and placeholders; the token around pictures stands only once between two of them."""
+    """Texts and placeholders, in turn; the token around pictures stands only once between two of them."""
     if recipe.strips:
-        words = [word.strip(" ") for word in words]
+        return stripped(words, recipe.around)
     text = "".join(words)
     if not recipe.around:
         return text
     text = text.replace(2 * recipe.around, recipe.around)
-    return text if recipe.strips else re.sub(rf"{re.escape(recipe.around)}(?=[^\s<])", f"{recipe.around} ", text)
+    return re.sub(rf"{re.escape(recipe.around)}(?=[^\s<])", f"{recipe.around} ", text)
 
 
-def image_at(start: int, tiles: Tiles, recipe: Recipe) -> Image:
+def stripped(words: list[str], around: str) -> str:
+    """Every text without the spaces at its ends; even one of nothing but spaces keeps two pictures apart."""
+    done, beside_picture = "", False
+    for number, word in enumerate(words):
+        if number % 2:
+            done += word.removeprefix(around) if beside_picture else word
+        elif word:
+            done += word.strip(" ")
+        beside_picture = bool(number % 2) or (beside_picture and not word)
+    return done
+
+
+def image_at(start: int, tiles: Tiles, recipe: Recipe, until: int) -> Image:
     return Image(
         start=start,
         count=tiles.tokens,
@@ -121,12 +147,17 @@ def image_at(start: int, tiles: Tiles, recipe: Recipe) -> Image:
         mean=recipe.mean,
         std=recipe.std,
         digest=tiles.digest,
+        until=until,
     )
 
 
 def after_truncation(images: Sequence[Image], dropped: int) -> tuple[Image, ...]:
     """The images of a prompt that lost its first tokens; InvalidRequest if the cut goes through one."""
-    kept = [replace(one, start=one.start - dropped) for one in images if one.start + one.count > dropped]
+    kept = [
+        replace(one, start=one.start - dropped, until=max(one.until - dropped, 0))
+        for one in images
+        if one.start + one.count > dropped
+    ]
     if any(one.start < 0 for one in kept):
         raise InvalidRequest("`truncate` must not cut through an image")
     return tuple(kept)
