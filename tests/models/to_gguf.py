@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
     "phi3": "phi3",
     "phi": "phi2",
     "gemma": "gemma",
@@ -193,6 +194,7 @@ def t5(c: Any) -> dict[str, Any]:
 
 OWN_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "mixtral": lambda c: {"expert_count": c.num_local_experts, "expert_used_count": c.num_experts_per_tok},
+    "qwen3_moe": lambda c: {"expert_count": c.num_experts, "expert_used_count": c.num_experts_per_tok},
     "phi3": lambda c: {"attention.sliding_window": c.sliding_window} if c.sliding_window else {},
     "gemma2": capped,
     "gemma3_text": lambda c: {
@@ -326,10 +328,14 @@ def mamba(name: str, value: np.ndarray, c: Any) -> Tensors:
 
 
 def stacked_experts(tensors: Tensors) -> Tensors:
-    """Mixtral's: one tensor per matrix with all experts of a layer, named as the converter names it on its way."""
+    """Mixtral's, Qwen's: one tensor per matrix with all experts of a layer, named as the converter names it."""
     found: Tensors = {}
     piles: dict[str, list[np.ndarray]] = {}
     for name, value in tensors.items():
+        if ".mlp.experts." in name:
+            before, _, after = name.partition(".mlp.experts.")
+            piles.setdefault(f"{before}.mlp.experts.{after.split('.')[1]}.weight", []).append(value)
+            continue
         if ".block_sparse_moe.experts." not in name:
             found[name] = value
             continue

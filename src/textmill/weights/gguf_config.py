@@ -108,6 +108,12 @@ def mixtral(m: Metadata, raw: Raw) -> Raw:
     }
 
 
+def qwen3_moe(m: Metadata, raw: Raw) -> Raw:
+    """That the chosen experts' weights sum to one is in llama.cpp's code, not in the file."""
+    counts = {"num_experts": m.number("expert_count"), "num_experts_per_tok": m.number("expert_used_count", default=8)}
+    return counts | {"norm_topk_prob": True}
+
+
 def phi3(m: Metadata, raw: Raw) -> Raw:
     """The divisors of longrope are tensors here, and its attention factor is worked out already."""
     long, short = m.floats("rope_factors_long.weight"), m.floats("rope_factors_short.weight")
@@ -249,6 +255,7 @@ def baichuan(m: Metadata, raw: Raw) -> Raw:
 
 EXTRAS: dict[str, Callable[[Metadata, Raw], Raw]] = {
     "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
     "phi3": phi3,
     "gemma": gemma,
     "gemma2": gemma2,

@@ -166,6 +166,17 @@ _ROWS = (
     replace(_PLAIN, architecture="qwen3", model_type="qwen3", block=_ATTENTION | _HEAD_NORMS | _GATED),
     replace(
         _PLAIN,
+        architecture="qwen3moe",
+        model_type="qwen3_moe",
+        block=_ATTENTION | _HEAD_NORMS | _GATED | {"ffn_gate_inp": "mlp.gate"},
+        experts={
+            "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+            "ffn_up_exps": "mlp.experts.{}.up_proj",
+            "ffn_down_exps": "mlp.experts.{}.down_proj",
+        },
+    ),
+    replace(
+        _PLAIN,
         architecture="phi3",
         model_type="phi3",
         block=_ATTENTION

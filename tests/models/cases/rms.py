@@ -90,8 +90,8 @@ QWEN = [
         sized("qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=24, max_window_layers=1),
     ),
     Case("qwen3", "norms of queries and keys", sized("qwen3", head_dim=32)),
-    Case("qwen3_moe", "one layer without experts", sized("qwen3_moe", mlp_only_layers=[0], **MOE)),
     Case("qwen3_moe", "weights that sum to one", sized("qwen3_moe", norm_topk_prob=True, **MOE)),
+    Case("qwen3_moe", "one layer without experts", sized("qwen3_moe", mlp_only_layers=[0], **MOE)),
     Case("qwen3", "tied", sized("qwen3", head_dim=16, tie_word_embeddings=True)),
 ]
 PHI3 = [
