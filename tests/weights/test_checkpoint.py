@@ -103,7 +103,7 @@ def test_broken_and_missing_files_are_named(tiny_llama: Callable[..., Path], tmp
     with pytest.raises(ModelError, match="no safetensors"):
         open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match="convert them to safetensors"):
+    with pytest.raises(ModelError, match="convert it to safetensors"):
         open_checkpoint(tmp_path)
     whole = (tiny_llama() / "model.safetensors").read_bytes()
     for data in (b"", whole[:100], b"\xff" * 8 + whole[8:], whole[:-1]):

@@ -52,7 +52,8 @@ def test_the_home_folder_and_the_current_one(tmp_path: Path, monkeypatch: pytest
     ("names", "problem"),
     [
         (("a.gguf", "b.gguf"), "several .gguf files; name one of them by its path: a.gguf, b.gguf"),
-        (("config.json", "pytorch_model.bin"), "only .bin weights; convert them"),
+        (("config.json", "training_args.bin"), "no pytorch_model.bin; convert them"),
+        (("pytorch_model.bin",), "no pytorch_model.bin; convert them"),
         (("model.safetensors",), "no config.json"),
         (("README.md",), "there is no model here"),
     ],
@@ -88,7 +89,8 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     },
     "owner/one": {"README.md": b"#", "m.gguf": b"GGUF"},
     "owner/many": {"a.gguf": b"GGUF", "b.gguf": b"GGUF"},
-    "owner/pickles": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
+    "owner/torch": {"config.json": b"{}", "pytorch_model.bin": b"zip", "training_args.bin": b"pickle"},
+    "owner/pickles": {"config.json": b"{}", "rest.bin": b"pickle"},
     "owner/gated": {"config.json": b"{}", "model.safetensors": b"secret"},
 }
 
@@ -195,11 +197,15 @@ def test_the_only_gguf_of_a_repository(ask: Ask) -> None:
     assert ask("owner/one", revision="v1").startswith(f"gguf {COMMIT} m.gguf")
 
 
+def test_pytorchs_own_files_where_there_are_no_others(ask: Ask) -> None:
+    assert ask("owner/torch") == f"torch {COMMIT} {COMMIT} ['config.json', 'pytorch_model.bin']"
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("owner/many", "name one of them by its path: a.gguf, b.gguf"),
-        ("owner/pickles", "only .bin weights"),
+        ("owner/pickles", ".bin weights, but no pytorch_model.bin"),
         ("owner/none", "owner/none: cannot be fetched from the hub: "),
         ("no model name", "neither a file or folder here nor the name of a hub model"),
     ],

@@ -93,7 +93,10 @@ class Checkpoint(ABC):
 
 
 def open_checkpoint(path: str | Path, *, dequantize: bool = False) -> Checkpoint:
-    """Opens a folder of safetensors or a .gguf file. `dequantize`: `matrix` gives float32 too (the float path)."""
+    """Opens a folder of safetensors (or of PyTorch's own files) or a .gguf file.
+
+    `dequantize`: `matrix` gives float32 too (the float path).
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         from textmill.weights.gguf_checkpoint import GgufCheckpoint
@@ -101,18 +104,29 @@ def open_checkpoint(path: str | Path, *, dequantize: bool = False) -> Checkpoint
         return GgufCheckpoint(path, dequantize=dequantize)
     if not path.is_dir():
         raise ModelError(f"{path}: neither a folder nor a .gguf file")
+    if not any(path.glob("*.safetensors*")):
+        from textmill.weights.torch_files import TorchCheckpoint, torch_files
+
+        if torch_files(path):
+            return TorchCheckpoint(path)
     return SafetensorsCheckpoint(path)
+
+
+def config_of_floats(folder: Path) -> ModelConfig:
+    """The config of a folder whose tensors are plain floats; ModelError if it says that they are not."""
+    c = config_from_folder(folder)
+    method = c.raw.get("quantization_config")
+    if method:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ModelError(f"{folder}: quantization_config: checkpoints of method {name!r} are not supported yet")
+    return c
 
 
 class SafetensorsCheckpoint(Checkpoint):
     """A folder of safetensors files, with or without an index; values of 16 bits are widened to float32."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, config_from_folder(folder))
-        method = self.config.raw.get("quantization_config")
-        if method:
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise ModelError(f"{folder}: quantization_config: checkpoints of method {name!r} are not supported yet")
+        super().__init__(folder, config_of_floats(folder))
         self._files: dict[str, Any] = {}
         self._where = _files_of_tensors(folder, self._open)
 
@@ -204,5 +218,5 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
 
 def _nothing_to_read(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        return f"{folder}: only .bin files here; convert them to safetensors first (pickles are never loaded)"
+        return f"{folder}: .bin files, but no pytorch_model.bin; convert them to safetensors"
     return f"{folder}: no safetensors files here"

@@ -12,9 +12,9 @@ from textmill.errors import ModelError
 from textmill.weights import embedded
 from textmill.weights.progress import Progress, TerminalProgress
 
-Kind = Literal["gguf", "safetensors"]
+Kind = Literal["gguf", "safetensors", "torch"]
 
-_ONLY_BIN = "only .bin weights; convert them to safetensors first (pickles are never loaded)"
+_ONLY_BIN = ".bin weights, but no pytorch_model.bin; convert them to safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _local(model_id: str, path: Path) -> ModelSource:
 
 
 def _pick(where: str, names: Sequence[str]) -> tuple[Kind, str | None]:
-    """Which of a folder's files are the model: its safetensors, or its only .gguf file (then with its name)."""
+    """Which of a folder's files are the model: safetensors, the only .gguf file (then with its name), PyTorch's own."""
     if any(name.endswith(".safetensors") for name in names):
         if "config.json" not in names:
             raise ModelError(f"{where}: there is no config.json beside the safetensors files")
@@ -70,9 +70,16 @@ def _pick(where: str, names: Sequence[str]) -> tuple[Kind, str | None]:
         return "gguf", files[0]
     if files:
         raise ModelError(f"{where}: several .gguf files; name one of them by its path: {', '.join(files)}")
+    if "config.json" in names and any(_is_torch(name) for name in names):
+        return "torch", None
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise ModelError(f"{where}: {_ONLY_BIN}")
     raise ModelError(f"{where}: there is no model here (no safetensors, no .gguf file)")
+
+
+def _is_torch(name: str) -> bool:
+    """Weights in PyTorch's own format; other .bin files beside them hold what training left."""
+    return name.startswith("pytorch_model") and name.endswith(".bin")
 
 
 def _from_hub(model_id: str, revision: str | None, cache_dir: str | Path | None) -> ModelSource:
@@ -139,6 +146,8 @@ def _wanted(model_id: str, names: list[str]) -> list[str]:
     around = [name for name in names if name.endswith((".json", ".jinja", ".txt", ".model", ".py"))]
     if kind == "gguf":
         return [*around, str(file)]
+    if kind == "torch":
+        return [*around, *filter(_is_torch, names)]
     weights = [name for name in names if name.endswith(".safetensors")]
     # Some repositories hold the same weights twice, once in their makers' own layout.
     named = [name for name in weights if name.startswith("model")]
