@@ -11,11 +11,14 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as distributed
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from textmill.kernels.rows import Rows, Unrecordable
 from textmill.parallel.group import Group, RankLost
 
 Value = TypeVar("Value")
+
+LONGEST_MEETING = timedelta(seconds=60)
 
 
 class Ranks(Group):
@@ -26,19 +29,21 @@ class Ranks(Group):
         self.size = size
 
     def join(self, meeting: Path, *, seconds: float = 60.0, device: str = "cpu") -> None:
-        """Waits for the other ranks at a file that only they may open.
+        """Waits for the other ranks at a file that only they may open; RankLost if they do not all come.
 
-        `seconds` bound that, and every exchange later on: RankLost if it takes longer, or if another rank is gone.
+        `seconds` bound every exchange from then on: RankLost if it takes longer, or if another rank is gone.
         """
         # Ranks are processes of one machine; gloo would listen where the host's name points, and it asks for no key.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "nccl" if device == "cuda" else "gloo"  # NCCL: untested
-        limit = timedelta(seconds=seconds)
         try:
             store = FileStore(str(meeting), self.size)
-            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+            distributed.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=LONGEST_MEETING
+            )
         except RuntimeError as error:
             raise RankLost(f"rank {self.rank} does not find the others: {first_line(error)}") from error
+        _set_pg_timeout(timedelta(seconds=seconds))
 
     def all_reduce(self, x: Value) -> Value:
         values = tensor_of(x, "sum over ranks")
