@@ -16,6 +16,7 @@ from tests.models.respelled import older_rope, renamed, respelled, with_frequenc
 from tests.models.tiny import Make, sized
 from textmill.core import SlotWork
 from textmill.models.registry import build_model
+from textmill.runner.hub_model import needs_hub_model
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import open_checkpoint
 from textmill.weights.config import ModelConfig, read_config
@@ -79,3 +80,9 @@ def test_what_a_config_leaves_out_is_the_familys_default(tmp_path: Path, family:
         return replace(read_config(tmp_path), raw={})
 
     assert read(kept) == read(whole)
+
+
+@pytest.mark.parametrize("model_type", ["RefinedWeb", "RefinedWebModel", "gpt2", "falcon"])
+def test_no_spelling_is_taken_for_a_family_we_lack(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "attention_head_type": "multiquery"}))
+    assert not needs_hub_model(tmp_path)

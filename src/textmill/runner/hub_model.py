@@ -8,6 +8,7 @@ from typing import Any
 from textmill.errors import ConfigError, ModelError
 from textmill.models.registry import has_family
 from textmill.weights.config import ModelConfig, read_json, token_ids
+from textmill.weights.families import in_known_names
 
 INSTALL = "pip install 'textmill[fallback]'"
 CONTEXT = 2048  # tokens, for models whose config names no longest sequence
@@ -15,7 +16,7 @@ CONTEXT = 2048  # tokens, for models whose config names no longest sequence
 
 def needs_hub_model(folder: Path) -> bool:
     """True if textmill has no file for the checkpoint's `model_type`."""
-    return not has_family(str(read_json(folder / "config.json").get("model_type")))
+    return not has_family(str(in_known_names(read_json(folder / "config.json")).get("model_type")))
 
 
 def load_hub_model(folder: Path, *, trust_remote_code: bool) -> tuple[Any, ModelConfig]:
