@@ -154,6 +154,15 @@ class Settings:
     tokenizer_config_path: str | None = setting(
         None, MODEL, "Use this tokenizer_config.json (chat template) in place of the model's."
     )
+    rope_scaling: str | None = setting(
+        None,
+        MODEL,
+        "Stretch rotary positions, in place of what the config says, for prompts longer than it was trained on.",
+        choices=("linear", "dynamic"),
+    )
+    rope_factor: float | None = setting(
+        None, MODEL, "How far --rope-scaling stretches (alone: linearly).", minimum=1, default_help="1"
+    )
 
     cpu_threads: int = setting(0, COMPUTE, "Threads of the CPU kernels.", default_help="one per core we may use")
     kv_cache_memory: int | None = setting(
@@ -230,10 +239,6 @@ class Settings:
         CUDA_GRAPHS, NOT_BUILT, "Batch sizes to capture; 0: none.", built="the GPU path", works=((0,), ())
     )
     cuda_memory_fraction: float = setting(1.0, NOT_BUILT, "Share of GPU memory to use.", built="the GPU path")
-    rope_scaling: str | None = setting(
-        None, NOT_BUILT, "Stretch positions.", choices=("linear", "dynamic"), built="rope scaling by flag"
-    )
-    rope_factor: float | None = setting(None, NOT_BUILT, "Factor of --rope-scaling.", built="rope scaling by flag")
     lora_adapters: str | None = setting(None, NOT_BUILT, "Adapters, separated by commas.", built="LoRA adapters")
     otlp_endpoint: str | None = setting(None, NOT_BUILT, "OpenTelemetry collector.", built="OpenTelemetry export")
     otlp_service_name: str = setting(

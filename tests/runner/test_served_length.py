@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.models.cases.rms import LONGROPE, always_long
-from tests.models.parity import TRANSFORMERS, Oracle
+from tests.models.parity import TRANSFORMERS, Oracle, load, logits_from
 from tests.models.tiny import sized
 from textmill.config import Settings
 from textmill.core import Admission, Sampling, SlotWork, Step
@@ -20,10 +22,10 @@ from textmill.weights.source import ModelSource
 PROMPT = torch.randint(3, 160, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def prompt_logprobs(folder: Path, longest: int | None) -> torch.Tensor:
+def prompt_logprobs(folder: Path, longest: int | None, **flags: Any) -> torch.Tensor:
     """Of PROMPT's tokens but the first, as a server of sequences up to `longest` computes them."""
     source = ModelSource("m", folder, "local", "")
-    runner, _ = build_runner(Settings(max_total_tokens=longest), source, lambda *_, **__: None)
+    runner, _ = build_runner(Settings(max_total_tokens=longest, **flags), source, lambda *_, **__: None)
     admission = Admission(0, tuple(PROMPT), Sampling(), prompt_logprobs=True)
     work = SlotWork(0, 0, len(PROMPT), True)
     runner.submit(Step(0, (work,), (admission,), (), ((0, 0, (0, 1, 2)),)))
@@ -51,3 +53,33 @@ def test_a_dynamic_rope_serves_more_than_it_was_trained_on(tmp_path: Path) -> No
     assert not torch.allclose(prompt_logprobs(tmp_path, 128), exact, atol=1e-2)
     with pytest.raises(ConfigError, match=r"129.* 128 tokens"):
         prompt_logprobs(tmp_path, 129)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rope"),
+    [
+        ({"rope_factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope_scaling": "linear"}, {"rope_type": "linear", "factor": 1.0}),
+        ({"rope_scaling": "dynamic", "rope_factor": 4.0}, {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+def test_flags_replace_the_rope_of_the_config(tmp_path: Path, flags: dict[str, Any], rope: dict[str, Any]) -> None:
+    """A model of 64 tokens is served with up to 4 x 64, with the same numbers as one whose config says so."""
+    for name, stretched in (("plain", {"rope_type": "linear", "factor": 2.0}), ("said", rope)):
+        changes = {"max_position_embeddings": 64, "rope_parameters": stretched | {"rope_theta": 10000.0}}
+        sized("llama", **changes)(tmp_path / name)
+    longest = 64 * int(rope["factor"])
+    found = prompt_logprobs(tmp_path / "plain", longest, **flags)
+    torch.testing.assert_close(found, logprobs_of(stretched_to(tmp_path / "said", longest)), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match=f"{longest} tokens"):
+        prompt_logprobs(tmp_path / "plain", longest + 1, **flags)
+
+
+def stretched_to(folder: Path, longest: int) -> Oracle:
+    """Transformers with the frequencies it has for a sequence of `longest` tokens."""
+    model = load(folder)
+    turning = model.model.rotary_emb
+    frequencies, _ = ROPE_INIT_FUNCTIONS[turning.rope_type](model.config, torch.device("cpu"), seq_len=longest)
+    for own in (turning.inv_freq, turning.original_inv_freq):
+        own.copy_(frequencies)
+    return logits_from(model)

@@ -20,8 +20,8 @@ Floats = NDArray[np.float32]
 class Rope:
     """Tables `cos`, `sin`: float32 [positions, rotary_dim / 2]; pairs are (x[i], x[i + d/2]) unless `interleaved`.
 
-    `theta` replaces the config's base, `stretched=False` its scaling. `divisors` are a GGUF file's `rope_freqs`
-    (frequencies are divided by them, and the config's scaling is in them). Su et al. 2021 (RoFormer).
+    `theta` replaces the config's base, `stretched=False` its scaling. `divisors` are a GGUF file's `rope_freqs`:
+    frequencies are divided by them (what else the checkpoint's authors did is in them). Su et al. 2021 (RoFormer).
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Rope:
         turning = Turning(c, inverse_frequencies(c.rotary_dim, theta or c.rope_theta))
         if divisors is not None:
             turning.frequencies /= plain(divisors, np.float32)
-        elif stretched and c.rope_scaling is not None:
+        if stretched and c.rope_scaling is not None:
             stretch(turning, c.rope_scaling)
         angles = np.arange(c.longest, dtype=np.float32)[:, None] * turning.frequencies[None, :]
         wide = angles.astype(np.float64)  # products as published, in float32; their functions to the last bit

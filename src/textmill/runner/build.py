@@ -56,7 +56,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     started = time.perf_counter()
     native = uses_native(settings)
     checkpoint = open_checkpoint(source.path, dequantize=settings.dtype == "float32" or not native)
-    c = checkpoint.config
+    c = checkpoint.config.stretched(settings.rope_scaling, settings.rope_factor)
     shape = shape_of(settings, c)
     c = replace(c, max_total_tokens=shape.max_total_tokens)
     report("load", f"reading {source.model_id} ({c.model_type}, {'native' if native else 'torch'} kernels)")
@@ -93,6 +93,8 @@ def build_hub_runner(settings: Settings, source: ModelSource, report: Report) ->
 
     if settings.kernels == "native" or (settings.num_shard or 1) > 1:
         raise ConfigError(f"{source.path}: textmill has no file for this model_type; transformers runs it on one rank")
+    if settings.rope_scaling or settings.rope_factor:
+        raise ConfigError(f"--rope-scaling, --rope-factor: {source.path} has a model_type that transformers runs")
     started = time.perf_counter()
     report("load", f"reading {source.model_id}: textmill has no file for it, so transformers runs it")
     model, c = load_hub_model(source.path, trust_remote_code=settings.trust_remote_code)

@@ -89,8 +89,9 @@ def read_part(settings: Settings, source: ModelSource, rank: int, size: int) -> 
         raise ConfigError(f"{source.path}: textmill has no file for this model_type; transformers runs it on one rank")
     torch.set_num_threads(max(1, (settings.cpu_threads or len(os.sched_getaffinity(0))) // size))
     checkpoint = open_checkpoint(source.path, dequantize=True)
-    shape = build.shape_of(settings, checkpoint.config)
-    config = replace(checkpoint.config, max_total_tokens=shape.max_total_tokens)
+    config = checkpoint.config.stretched(settings.rope_scaling, settings.rope_factor)
+    shape = build.shape_of(settings, config)
+    config = replace(config, max_total_tokens=shape.max_total_tokens)
     group = Ranks(rank, size)
     model = build_model(config, View(checkpoint, group=group))
     # The ranks share this machine's memory: each counts what all of them will take.

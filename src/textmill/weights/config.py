@@ -6,7 +6,7 @@ Every number is checked, since the file comes from outside: a missing or impossi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,17 @@ class ModelConfig:
         if not isinstance(reach, int) or not isinstance(factor, int | float) or not 1 <= factor < 1e4:
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(reach * factor))
+
+    def stretched(self, kind: str | None, factor: float | None) -> ModelConfig:
+        """The same model with a rope that flags ask for; a factor alone is linear, a kind alone has factor 1 (TGI).
+
+        A linear rope stretches all that the model was trained on over `factor` times the length.
+        """
+        if kind is None and factor is None:
+            return self
+        kind, factor = kind or "linear", factor or 1.0
+        length = self.max_position_embeddings * (factor if kind == "linear" else 1)
+        return replace(self, rope_scaling={"rope_type": kind, "factor": factor}, max_position_embeddings=int(length))
 
     def switch(self, name: str, default: bool) -> bool:
         """A yes-or-no field of `raw`; ModelError if it is something else."""
