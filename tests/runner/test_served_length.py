@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.models.cases.rms import LONGROPE, always_long
 from tests.models.parity import TRANSFORMERS, Oracle, load, logits_from
-from tests.models.tiny import sized
+from tests.models.tiny import random_checkpoint, sized
 from textmill.config import Settings
 from textmill.core import Admission, Sampling, SlotWork, Step
 from textmill.errors import ConfigError
@@ -73,6 +73,12 @@ def test_flags_replace_the_rope_of_the_config(tmp_path: Path, flags: dict[str, A
     torch.testing.assert_close(found, logprobs_of(stretched_to(tmp_path / "said", longest)), atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match=f"{longest} tokens"):
         prompt_logprobs(tmp_path / "plain", longest + 1, **flags)
+
+
+def test_flags_need_rotary_positions(tmp_path: Path) -> None:
+    random_checkpoint("gpt2", vocab_size=160, n_embd=64, n_layer=1, n_head=4, n_positions=64)(tmp_path)
+    with pytest.raises(ConfigError, match="not rotary"):
+        prompt_logprobs(tmp_path, None, rope_factor=2.0)
 
 
 def stretched_to(folder: Path, longest: int) -> Oracle:

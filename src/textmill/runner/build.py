@@ -63,6 +63,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     missing = ""
     try:
         model = build_model(c, View(checkpoint))
+        check_rope(settings, model)
         shape = with_room(shape, model, float_bytes(checkpoint))
         executor, plan = build_executor(
             settings, model, c, shape, packed=checkpoint.packed, native=native, unread_bytes=float_bytes(checkpoint)
@@ -213,6 +214,13 @@ def sized(settings: Settings, shape: Shape, bytes_per_block: int, unread_bytes: 
         requested_tokens=settings.max_batch_total_tokens,
         free_bytes=free,
     )
+
+
+def check_rope(settings: Settings, model: CausalLM) -> None:
+    """Positions that are not rotary cannot be stretched."""
+    rotary = any(spec.rope_cos is not None for spec in model.memory.attention)
+    if not rotary and (settings.rope_scaling or settings.rope_factor):
+        raise ConfigError("--rope-scaling, --rope-factor: this model's positions are not rotary")
 
 
 def check_all_read(checkpoint: Checkpoint) -> None:

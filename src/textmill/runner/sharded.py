@@ -94,6 +94,7 @@ def read_part(settings: Settings, source: ModelSource, rank: int, size: int) -> 
     config = replace(config, max_total_tokens=shape.max_total_tokens)
     group = Ranks(rank, size)
     model = build_model(config, View(checkpoint, group=group))
+    build.check_rope(settings, model)
     # The ranks share this machine's memory: each counts what all of them will take.
     weights, each = build.float_bytes(checkpoint), size * model.memory.bytes_per_slot(shape.max_total_tokens)
     if each:
