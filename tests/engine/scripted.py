@@ -97,6 +97,7 @@ class ScriptedRunner:
     ) -> None:
         self.limits = its_limits or limits()
         self.alive = True
+        self.progress_ns = 0
         self.closed = False
         self.seconds = seconds
         self.script: Callable[[Step], set[int] | None] = lambda step: None

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from tests.images.pictures import picture
 from tests.models.cases import vision
 from tests.models.parity import BLOCK, SLOTS, TOLERANCE, Case, record
+from tests.parallel.pair import Pair
 from textmill.core import Admission, Emission, Finish, Image, Request, RunnerLimits, Sampling, SlotWork, Step
 from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
@@ -256,6 +257,26 @@ def test_the_prefix_cache_tells_pictures_apart(seeing: Seeing) -> None:
     assert again == one
     whole = (len(first.tokens) - 1) // BLOCK * BLOCK
     assert stats["prefix_hit_tokens"] == whole + first.images[0].start // BLOCK * BLOCK
+
+
+def test_two_ranks(seeing: Seeing, pair: Pair) -> None:
+    """Every rank encodes every picture; the text model is split between them."""
+    blocks = TOTAL // BLOCK
+    executor = pair.executor(seeing.folder, (SLOTS, TOTAL, BLOCK, 2 * blocks))
+    prompts = [mixed(seeing)[3], mixed(seeing)[0]]
+    admissions = tuple(Admission(n, one.tokens, Sampling(), images=one.images) for n, one in enumerate(prompts))
+    tables = tuple((n, 0, tuple(range(n * blocks, (n + 1) * blocks))) for n in range(len(prompts)))
+    apply(Step(0, (), admissions, (), tables), executor.tables)
+    work = [SlotWork(n, 0, len(one.tokens), True) for n, one in enumerate(prompts)]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for step in range(STEPS):
+        for sampled in executor.run(work):
+            assert sampled.token is not None
+            tokens[sampled.slot].append(sampled.token.id)
+        work = [SlotWork(n, len(one.tokens) + step, 1, True) for n, one in enumerate(prompts)]
+    for prompt, found in zip(prompts, tokens, strict=True):
+        seeing.assert_greedy(prompt, found)
+    assert pair.finish() == []
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(seeing: Seeing) -> None:

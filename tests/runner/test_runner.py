@@ -20,6 +20,7 @@ class Scripted:
     buffer_bytes = 0
     dtype = "float32"
     compute_seconds = 0.0
+    progress_ns = 0
 
     def __init__(self) -> None:
         self.tables = SlotTables(2, 16, 4)

@@ -147,6 +147,7 @@ def test_a_row_whose_guesses_break_it_is_computed_without_them() -> None:
 
         weight_bytes = buffer_bytes = 0
         compute_seconds = 0.0
+        progress_ns = 0
         dtype = "float32"
         tables = SlotTables(2, 16, 4)
 

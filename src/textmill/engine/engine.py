@@ -122,7 +122,7 @@ class Engine:
 
     def health(self) -> Health:
         with self._wake:
-            age = time.monotonic_ns() - self._progress_ns
+            age = time.monotonic_ns() - max(self._progress_ns, self._runner.progress_ns)
             return Health(self._counters.steps, age, bool(self._live), self._draining)
 
     def stats(self) -> dict[str, float]:

@@ -26,6 +26,10 @@ class Runner(Protocol):
     def alive(self) -> bool:
         """False once no later step can succeed; the engine then fails everything and stops."""
 
+    @property
+    def progress_ns(self) -> int:
+        """When a long step last got on, by the monotonic clock; 0 where steps are short."""
+
     def submit(self, step: Step) -> None:
         """Start a step and return at once; it runs on the runner's own thread."""
 

@@ -48,6 +48,7 @@ class HubExecutor:
 
     dtype = "float32"
     buffer_bytes = 0
+    progress_ns = 0
 
     def __init__(self, model: Any, max_slots: int, max_total_tokens: int, block_size: int) -> None:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)

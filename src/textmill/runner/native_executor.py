@@ -54,6 +54,8 @@ class Recorder:
 class NativeExecutor:
     """Runs a recorded model; the program owns the slot tables, the key/value cache and the sampler."""
 
+    progress_ns = 0
+
     def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
         """Records the model; raises Unrecordable."""
         program.finish(cast(Rows, model(Recorder(program))))

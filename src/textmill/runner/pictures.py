@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +24,7 @@ class Pictures:
     def __init__(self, shown: dict[int, tuple[Image, ...]]) -> None:
         self._shown = shown
         self._features: dict[bytes, Tensor] = {}
+        self.encoded_ns = 0  # when the last one was done
 
     def place(self, x: Tensor, work: Work, encoder: Encoder) -> Tensor:
         """x [rows, columns] with features in the rows that stand for images."""
@@ -61,6 +63,7 @@ class Pictures:
                 log.exception("an image of shape %s could not be encoded", image.shape)
                 known = torch.empty(0)
             self._features[image.digest] = known
+            self.encoded_ns = time.monotonic_ns()
         return known
 
     def _forget(self) -> None:

@@ -36,6 +36,10 @@ class Executor(Protocol):
     def compute_seconds(self) -> float:
         """Spent in kernels by all steps so far."""
 
+    @property
+    def progress_ns(self) -> int:
+        """When the step that runs last finished a long part of it, by the monotonic clock; 0: steps have none."""
+
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]: ...
 
 
@@ -60,6 +64,10 @@ class LocalRunner:
     def alive(self) -> bool:
         """False once no later step can succeed."""
         return self._alive and self._thread.is_alive()
+
+    @property
+    def progress_ns(self) -> int:
+        return self._executor.progress_ns
 
     def submit(self, step: Step) -> None:
         self._steps.put(step)

@@ -103,6 +103,11 @@ class TorchExecutor:
         self._states = [torch.zeros((max_slots, *shape)) for shape in self.memory.states]
         self.buffer_bytes = sum(state.nbytes for state in self._states)
 
+    @property
+    def progress_ns(self) -> int:
+        """An image may take the tower seconds."""
+        return self._pictures.encoded_ns
+
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         self.logits = logits = self.compute(work)
