@@ -131,6 +131,7 @@ class PyProgram {
         table_(table) {}
 
   int embed(const Matrix& matrix, float scale) { return program_.embed(matrix.weight, scale); }
+  int place_rows(int x) { return program_.place_rows(x); }
   int rms_norm(int x, const Floats& weight, float eps) {
     return program_.rms_norm(x, keep(weight), static_cast<int64_t>(weight.size()), eps);
   }
@@ -227,7 +228,8 @@ class PyProgram {
            Array<uint8_t, nb::ndim<1>> error, Array<int32_t, nb::ndim<1>> top_count,
            Array<int32_t, nb::ndim<2>> top_ids, Array<float, nb::ndim<2>> top_logprobs,
            Array<float, nb::ndim<1>> prompt_logprobs, std::optional<Array<float, nb::ndim<2>>> logits, bool sample,
-           bool every_row) {
+           bool every_row, std::optional<Array<const int32_t, nb::ndim<1>>> placed_row,
+           std::optional<Array<const float, nb::ndim<2>>> placed) {
     static_assert(sizeof(WorkItem) == 16);
     require(work.shape(1) == 4, "work must be [n, 4]");
     const size_t count = work.shape(0);
@@ -251,8 +253,14 @@ class PyProgram {
     StepOutput out{token.data(), logprob.data(), error.data(), top_count.data(), top_ids.data(), top_logprobs.data(),
                    static_cast<int64_t>(top_ids.shape(1)), prompt_logprobs.size() ? prompt_logprobs.data() : nullptr,
                    logits ? logits->data() : nullptr, sample, every_row};
+    require(placed_row.has_value() == placed.has_value(), "run: placed rows and which they are come together");
+    PlacedRows given;
+    if (placed) {
+      given = {placed_row->data(), static_cast<int64_t>(placed_row->size()), placed->data(),
+               static_cast<int64_t>(placed->shape(0)), static_cast<int64_t>(placed->shape(1))};
+    }
     nb::gil_scoped_release release;
-    program_.run(items, static_cast<int64_t>(count), out);
+    program_.run(items, static_cast<int64_t>(count), out, given);
   }
 
  private:
@@ -322,6 +330,7 @@ NB_MODULE(_native, m) {
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, nb::dict>())
       .def("embed", &PyProgram::embed)
+      .def("place_rows", &PyProgram::place_rows)
       .def("rms_norm", &PyProgram::rms_norm)
       .def("layer_norm", &PyProgram::layer_norm, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("embed_positions", &PyProgram::embed_positions)
@@ -346,7 +355,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("arena_bytes", &PyProgram::arena_bytes)
       .def("allocate", &PyProgram::allocate)
       .def("run", &PyProgram::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg().none(), nb::arg(), nb::arg())
+           nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none() = nb::none(),
+           nb::arg().none() = nb::none())
       .def_prop_rw("profiling", &PyProgram::profiling, &PyProgram::set_profiling)
       .def("profile", &PyProgram::profile)
       .def("reset_profile", &PyProgram::reset_profile);

@@ -116,6 +116,15 @@ int Program::embed_positions(const float* table, int64_t positions, int64_t cols
   return record(std::move(op), cols);
 }
 
+int Program::place_rows(int x) {
+  check_input(x);
+  require(!in_head_, "place belongs to the body");
+  Op op;
+  op.kind = OpKind::kPlace;
+  op.x = x;
+  return record(std::move(op), value(x).cols);
+}
+
 int Program::rms_norm(int x, const float* weight, int64_t size, float eps) {
   check_input(x);
   require(size == value(x).cols, "rms_norm: the weight is not as wide as the rows");
@@ -410,7 +419,7 @@ std::vector<OpProfile> Program::profile() const {
 
 void Program::reset_profile() {
   static const char* const kNames[] = {
-      "embed", "embed_positions", "rms_norm", "layer_norm", "add", "multiply", "scale", "clip", "softcap", "activation",
+      "embed", "embed_positions", "place", "rms_norm", "layer_norm", "add", "multiply", "scale", "clip", "softcap", "activation",
       "gated_activation", "outputs", "matmul", "attention", "experts", "convolve", "scan"};
   profiles_.assign(ops_.size() + 1, OpProfile());
   for (size_t i = 0; i < ops_.size(); ++i) {
@@ -441,6 +450,15 @@ void Program::check_item(const WorkItem& item) const {
   }
 }
 
+void Program::check_placed(int64_t rows) const {
+  if (!placed_.row) return;
+  require(placed_.rows == rows, "placed rows: one entry per row of the step");
+  for (int64_t i = 0; i < rows; ++i) require(placed_.row[i] < placed_.count, "placed rows: no such row");
+  for (const Op& op : ops_) {
+    require(op.kind != OpKind::kPlace || value(op.x).cols == placed_.cols, "placed rows are not as wide as the model's");
+  }
+}
+
 void Program::check_work(const WorkItem* work, int64_t count) const {
   require(finished_ && num_blocks_ > 0, "run() comes after finish() and allocate()");
   int64_t rows = 0;
@@ -452,6 +470,7 @@ void Program::check_work(const WorkItem* work, int64_t count) const {
     rows += work[i].count;
   }
   require(rows <= limits_.max_rows, "work: more rows than max_rows");
+  check_placed(rows);
 }
 
 }  // namespace textmill

@@ -62,7 +62,7 @@ struct StepOutput {
 };
 
 enum class OpKind {  // those before kMatmul work row by row
-  kEmbed, kEmbedPositions, kRmsNorm, kLayerNorm, kAdd, kMultiply, kScale, kClip, kSoftcap, kActivation,
+  kEmbed, kEmbedPositions, kPlace, kRmsNorm, kLayerNorm, kAdd, kMultiply, kScale, kClip, kSoftcap, kActivation,
   kGatedActivation, kOutputs, kMatmul, kAttention, kExperts,
   kConvolve, kScan
 };
@@ -118,6 +118,14 @@ struct Op {
   size_t keys_offset = 0, values_offset = 0;  // in a cache block
 };
 
+// Rows of one step that come from elsewhere (pictures): row i is values[row[i]], or its own where row[i] is negative.
+struct PlacedRows {
+  const int32_t* row = nullptr;  // null: all rows are their own
+  int64_t rows = 0;
+  const float* values = nullptr;  // [count, cols]
+  int64_t count = 0, cols = 0;
+};
+
 struct OpProfile {
   std::string name;
   int64_t calls = 0;
@@ -148,6 +156,8 @@ class Program {
   int embed(std::shared_ptr<const Weight> matrix, float scale);
   // table: [positions, cols]; row `position + offset` of it.
   int embed_positions(const float* table, int64_t positions, int64_t cols, int64_t offset);
+  // x, but with the rows that a step places.
+  int place_rows(int x);
   int rms_norm(int x, const float* weight, int64_t size, float eps);
   int layer_norm(int x, const float* weight, int64_t size, const float* bias, float eps);
   int binary(OpKind kind, int x, int y);
@@ -173,7 +183,7 @@ class Program {
   void allocate(int64_t num_blocks);
 
   // std::invalid_argument, before anything is touched, on work that does not fit.
-  void run(const WorkItem* work, int64_t count, const StepOutput& output);
+  void run(const WorkItem* work, int64_t count, const StepOutput& output, const PlacedRows& placed);
 
   bool profiling = false;
   std::vector<OpProfile> profile() const;
@@ -193,6 +203,7 @@ class Program {
   void plan_memory();
   void check_work(const WorkItem* work, int64_t count) const;
   void check_item(const WorkItem& item) const;
+  void check_placed(int64_t rows) const;
 
   Limits limits_;
   SlotTable table_;
@@ -209,6 +220,7 @@ class Program {
   std::vector<OpProfile> profiles_;  // by op
   std::vector<std::unique_ptr<Sampler>> samplers_;  // by thread
   std::vector<std::vector<float>> scratch_;         // by thread
+  PlacedRows placed_;  // of the step that runs
   std::mutex running_;
 };
 

@@ -28,8 +28,9 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 
 }  // namespace
 
-void Program::run(const WorkItem* work, int64_t count, const StepOutput& output) {
+void Program::run(const WorkItem* work, int64_t count, const StepOutput& output, const PlacedRows& placed) {
   std::lock_guard<std::mutex> lock(running_);
+  placed_ = placed;
   check_work(work, count);
   if (count == 0) return;
   Step step(*this, work, count, output);
@@ -256,6 +257,12 @@ void Step::run_row(const Op& op, int64_t row, float* out) const {
     case OpKind::kEmbedPositions:
       std::copy_n(op.weight + positions_[static_cast<size_t>(row)] * cols, cols, out);
       return;
+    case OpKind::kPlace: {
+      const PlacedRows& placed = program_.placed_;
+      const int64_t from = placed.row ? placed.row[row] : -1;
+      std::copy_n(from < 0 ? x : placed.values + from * cols, cols, out);
+      return;
+    }
     case OpKind::kRmsNorm: return vector_.rms_norm(x, op.weight, op.number, cols, out);
     case OpKind::kLayerNorm: return vector_.layer_norm(x, op.weight, op.bias, op.number, cols, out);
     case OpKind::kAdd: return vector_.add(x, value_row(op.y, row), cols, out);
