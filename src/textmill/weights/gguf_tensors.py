@@ -117,9 +117,9 @@ def named(
         return
     place, leaf = place_of_block(family, name), f".{name.leaf}" if name.leaf else ""
     if name.stem in family.experts:
-        yield from experts(place + family.experts[name.stem] + leaf, tensor)
+        yield from experts(file, place + family.experts[name.stem] + leaf, tensor)
     elif name.stem in family.split:
-        yield from split([f"{place}{one}{leaf}" for one in family.split[name.stem]], c, tensor)
+        yield from split(file, [f"{place}{one}{leaf}" for one in family.split[name.stem]], c, tensor)
     elif name.stem in stems_of(family, name):
         ours = stems_of(family, name)[name.stem]
         stored = fixed(family, name.stem, tensor, reordered(file, family, c, tensor, name))
@@ -128,15 +128,19 @@ def named(
         yield tensor.name, whole(tensor)
 
 
-def experts(pattern: str, tensor: GgufTensor) -> Iterator[tuple[str, Stored]]:
+def experts(file: GgufFile, pattern: str, tensor: GgufTensor) -> Iterator[tuple[str, Stored]]:
     """Every expert's matrix of a stack [experts, outputs, inputs]."""
-    count, rows, inputs = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
+    if len(tensor.shape) != 3:
+        raise ModelError(f"{file.path}: {tensor.name}: {list(tensor.shape)} is no stack of experts")
+    count, rows, inputs = tensor.shape
     for expert in range(count):
         yield pattern.format(expert), Stored((rows, inputs), (Rows(tensor, range(expert * rows, (expert + 1) * rows)),))
 
 
-def split(names: list[str], c: ModelConfig, tensor: GgufTensor) -> Iterator[tuple[str, Stored]]:
+def split(file: GgufFile, names: list[str], c: ModelConfig, tensor: GgufTensor) -> Iterator[tuple[str, Stored]]:
     """Queries, keys and values of a matrix that holds them one after the other."""
+    if tensor.shape[0] != (c.heads + 2 * c.kv_heads) * c.head_dim:
+        raise ModelError(f"{file.path}: {tensor.name}: {tensor.shape[0]} rows are not those of {c.heads} heads")
     start = 0
     for name, heads in zip(names, (c.heads, c.kv_heads, c.kv_heads), strict=True):
         rows = heads * c.head_dim
@@ -164,8 +168,8 @@ def reordered(file: GgufFile, family: Family, c: ModelConfig, tensor: GgufTensor
         if rows % (2 * heads):
             raise ModelError(f"{file.path}: {tensor.name}: {rows} rows do not divide into {heads} heads")
         order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-    if name.stem in family.by_head and c.kv_heads * (c.heads // c.kv_heads) == c.heads:
-        if rows != (c.heads + 2 * c.kv_heads) * c.head_dim:
+    if name.stem in family.by_head:
+        if rows != (c.heads + 2 * c.kv_heads) * c.head_dim or c.heads % c.kv_heads:
             raise ModelError(f"{file.path}: {tensor.name}: {rows} rows are not those of {c.heads} heads")
         order = in_pieces(c)
     return replace(whole(tensor), order=order)
