@@ -15,6 +15,7 @@ from tests.models.parity import admit
 from tests.models.respelled import older_rope, renamed, respelled, with_frequencies, with_masks, without_prefix
 from tests.models.tiny import Make, sized
 from textmill.core import SlotWork
+from textmill.errors import ModelError
 from textmill.models.registry import build_model
 from textmill.runner.hub_model import needs_hub_model
 from textmill.runner.torch_executor import TorchExecutor
@@ -86,3 +87,9 @@ def test_what_a_config_leaves_out_is_the_familys_default(tmp_path: Path, family:
 def test_no_spelling_is_taken_for_a_family_we_lack(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "attention_head_type": "multiquery"}))
     assert not needs_hub_model(tmp_path)
+
+
+def test_a_table_of_positions_is_as_long_as_the_config_says(tmp_path: Path) -> None:
+    respelled(gpt2(), config=renamed({}, n_positions=257))(tmp_path)
+    with pytest.raises(ModelError, match=r"wpe\.weight: 256 rows, but the config needs 257"):
+        logits(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from textmill.errors import ModelError
 from textmill.kernels.native import plain
 from textmill.kernels.spec import Array
 from textmill.layers.types import Context, Hidden
@@ -18,13 +19,16 @@ class Positions:
     def __init__(self, w: View, offset: int = 0) -> None:
         self.table: Array = w.tensor("weight")
         self.offset = offset
+        wanted = w.config.max_position_embeddings + offset
+        if len(self.table) < wanted:
+            raise ModelError(f"{w.path('weight')}: {len(self.table)} rows, but the config needs {wanted}")
 
     def __call__(self, ctx: Context) -> Hidden:
         return ctx.embed_positions(self.table, self.offset)
 
 
 def alibi_slopes(heads: int, largest: float = 8.0) -> NDArray[np.float32]:
-    """What each head loses per token of distance: 2^(-largest * i / n) for i = 1..n, n the next power of two: [heads].
+    """What each head loses per token of distance: 2^(-largest * i / n) for the i-th of n heads: [heads].
 
     Of heads that are no power of two, the first take the slopes of the power of two below; the others lie between,
     every second one of the power of two above. Press et al. 2021.
