@@ -11,19 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models.parity import BLOCK, TOTAL, admit
+from tests.models.parity import BLOCK, TOTAL, admit, served
 from tests.models.test_packed_gguf import write
 from tests.models.tiny import sized
 from tests.parallel.pair import Pair
+from textmill.config import Settings
 from textmill.core import Admission, Image, Sampling, SlotWork, Step
+from textmill.errors import ConfigError, ModelError
 from textmill.kernels.native import Program
 from textmill.kernels.rows import Rows, Unrecordable
 from textmill.models.registry import build_model
 from textmill.parallel.processes import Ranks
-from textmill.runner.orders import Channel, Order
+from textmill.runner.orders import Channel, Failure, Order, Plan
+from textmill.runner.sharded import agreed, read_part
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import open_checkpoint
+from textmill.weights.source import ModelSource
 from textmill.weights.view import View
 
 SIZES = (4, TOTAL, BLOCK, 64)
@@ -172,3 +176,56 @@ def test_a_group_that_lost_a_rank_stays_lost(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOSING, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert done.stdout.splitlines() == ["lost True"] * 2, done.stderr
+
+
+def test_a_gguf_file_as_floats_on_two_ranks(tmp_path: Path, pair: Pair) -> None:
+    """What `--num-shard` serves of a GGUF file; queries and keys are stored in another order of rows."""
+    write(tmp_path / "tiny.gguf", "Q8_0")
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf", dequantize=True)
+    alone = TorchExecutor(build_model(checkpoint.config, View(checkpoint)), *SIZES)
+    both = pair.executor(tmp_path / "tiny.gguf", SIZES, dequantize=True)
+    for executor in (alone, both):
+        admit(executor, 0, list(range(40)), all_logits=True)
+        executor.run([SlotWork(0, 0, 40, False)])
+    np.testing.assert_allclose(both.logits, alone.logits, atol=1e-4, rtol=1e-4)
+    pair.finish()
+
+
+def test_preempted_and_cached_on_two_ranks(tmp_path: Path, pair: Pair) -> None:
+    """The whole engine over the group, with half the blocks it needs: slots are taken, freed and taken again."""
+    sized("llama")(tmp_path)
+    shared = [7 + 3 * n for n in range(40)]
+    prompts = [shared[: 16 * (n % 3)] + [5 + 7 * n + m for m in range(6 + 5 * n)] for n in range(5)]
+    checkpoint = open_checkpoint(tmp_path)
+    alone = TorchExecutor(build_model(checkpoint.config, View(checkpoint)), 8, TOTAL, BLOCK, 96)
+    expected, _ = served(alone, 160, prompts)
+    found, stats = served(pair.executor(tmp_path, (8, TOTAL, BLOCK, 10)), 160, prompts, blocks=10, chunk=24)
+    assert found == expected
+    assert stats["preemptions"] > 0
+    assert stats["prefix_hit_tokens"] > 0
+    pair.finish()
+
+
+def test_all_ranks_get_the_smallest_cache(tmp_path: Path) -> None:
+    sized("llama")(tmp_path)
+    settings = Settings(max_total_tokens=256, max_batch_total_tokens=1024, max_concurrent_requests=8)
+    part = read_part(settings, ModelSource("m", tmp_path, "safetensors", ""), 0, 4)
+    assert (part.cache.num_blocks, part.shape.max_slots) == (64, 8)
+    ends = [socket.socketpair() for _ in range(2)]
+    leaders, others = [Channel(one) for one, _ in ends], [Channel(other) for _, other in ends]
+    others[0].send(Plan(8, 50))
+    others[1].send(Plan(5, 60))
+    cache, shape = agreed(part, leaders)
+    assert (cache.num_blocks, shape.max_slots) == (50, 5)
+    assert [other.receive() for other in others] == [Plan(5, 50)] * 2
+    others[1].send(Plan(8, 64))
+    others[0].send(Failure("no room"))
+    with pytest.raises(ModelError, match="rank 1: no room"):
+        agreed(part, leaders)
+    for channel in (*leaders, *others):
+        channel.close()
+
+
+def test_kernels_that_cannot_sum_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--kernels native: .*--num-shard"):
+        read_part(Settings(kernels="native"), ModelSource("m", tmp_path, "safetensors", ""), 0, 2)
