@@ -79,7 +79,7 @@ class Decoder:
     async def _running(self) -> Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "textmill.images.worker", self._recipe),
+                *(sys.executable, "-P", "-m", "textmill.images.worker", self._recipe),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=DEVNULL,
