@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.models.tiny import random_checkpoint, sized
@@ -23,7 +24,7 @@ from textmill.runner.build import build_runner
 from textmill.runner.fallback import HubExecutor
 from textmill.runner.hub_model import load_hub_model
 from textmill.runner.runner import LocalRunner
-from textmill.weights.source import ModelSource
+from textmill.weights.source import Kind, ModelSource
 
 STEPS = 24
 # What transformers keeps of a sequence: a cache that grows by chunks, one with windows, a recurrent state, nothing.
@@ -125,12 +126,21 @@ def test_prompt_logprobs_in_chunks(folder: Path) -> None:
     torch.testing.assert_close(torch.tensor(found[1:]), expected, atol=1e-4, rtol=1e-4)
 
 
-def build(folder: Path, **changes: Any) -> tuple[LocalRunner, Any, list[str]]:
+def build(folder: Path, kind: Kind = "safetensors", **changes: Any) -> tuple[LocalRunner, Any, list[str]]:
     said: list[str] = []
-    source = ModelSource("m", folder, "safetensors", "")
+    source = ModelSource("m", folder, kind, "")
     settings = Settings(max_total_tokens=64, max_batch_size=2, **changes)
     runner, info = build_runner(settings, source, lambda phase, message, **fields: said.append(message))
     return runner, info, said
+
+
+def test_pytorchs_own_files_are_read_too(tmp_path: Path) -> None:
+    KINDS["olmo"](tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    runner, info, _ = build(tmp_path, kind="torch")
+    runner.close()
+    assert info.model_type == "olmo"
 
 
 def test_a_runner_is_built_and_says_how(folder: Path) -> None:

@@ -22,7 +22,7 @@ def needs_hub_model(folder: Path) -> bool:
 def load_hub_model(folder: Path, *, trust_remote_code: bool) -> tuple[Any, ModelConfig]:
     """transformers' own model on the CPU, in float32, with its config in our names.
 
-    Code that lies in the folder runs only with `trust_remote_code`; pickled weights are never loaded. Raises
+    Code that lies in the folder runs only with `trust_remote_code`; nothing that weights pickle is run. Raises
     ConfigError or ModelError.
     """
     raw = read_json(folder / "config.json")
@@ -46,7 +46,7 @@ def load_hub_model(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Model
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         model: Any = library.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **options
+            folder, dtype=torch.float32, weights_only=True, **options
         )
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
         raise ModelError(
