@@ -1,7 +1,8 @@
 // Attention over the paged cache: every query vector does the same arithmetic whatever tile, chunk or batch it is in.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_fixed.h"
+#include "attention_float.h"
 #include "simd.h"
 #include "vector.h"
 
@@ -78,16 +79,14 @@ inline void turn_heads(const AttentionSpec& spec, const float* x, int64_t count,
   }
 }
 
-template <typename T>
-inline void store_cache(const AttentionSpec& spec, const float* keys, const float* values, int64_t offset, T* key_block,
-                        T* value_block) {
-  const int64_t dim = spec.dim(), size = spec.block_size;
+inline void store_floats(const AttentionSpec& spec, const float* keys, const float* values, const StoreRow& row) {
+  const int64_t dim = spec.dim(), size = spec.block_size, offset = row.position % size, lane = offset % kKeyLanes;
   for (int64_t h = 0; h < spec.kv_heads; ++h) {
-    T* k = key_block + h * size * dim + offset / kKeyLanes * kKeyLanes * dim + offset % kKeyLanes;
-    T* v = value_block + (h * size + offset) * dim;
-    for (int64_t d = 0; d < dim; ++d) put(k + d * kKeyLanes, keys[h * dim + d]);
-    for (int64_t d = 0; d < spec.head_dim; ++d) put(v + d, values[h * spec.head_dim + d]);
-    for (int64_t d = spec.head_dim; d < dim; ++d) put(v + d, 0.0f);
+    float* k = static_cast<float*>(row.keys) + (h * size + offset - lane) * dim + lane;
+    float* v = static_cast<float*>(row.values) + (h * size + offset) * dim;
+    for (int64_t d = 0; d < dim; ++d) k[d * kKeyLanes] = keys[h * dim + d];
+    for (int64_t d = 0; d < spec.head_dim; ++d) v[d] = values[h * spec.head_dim + d];
+    for (int64_t d = spec.head_dim; d < dim; ++d) v[d] = 0.0f;
   }
 }
 
@@ -95,162 +94,14 @@ inline void store_cache(const AttentionSpec& spec, const float* keys, const floa
 inline void store_row(const AttentionSpec& spec, const StoreRow& row) {
   const float* keys = row.qkv + spec.heads * spec.head_dim;
   const float* values = keys + spec.kv_heads * spec.head_dim;
-  const int64_t offset = row.position % spec.block_size;
   turn_heads(spec, keys, spec.kv_heads, spec.k_norm, row.position, row.q);
   if (spec.half_cache) {
-    store_cache(spec, row.q, values, offset, static_cast<uint16_t*>(row.keys), static_cast<uint16_t*>(row.values));
+    store_fixed(spec, row.q, values, row);
   } else {
-    store_cache(spec, row.q, values, offset, static_cast<float*>(row.keys), static_cast<float*>(row.values));
+    store_floats(spec, row.q, values, row);
   }
   turn_heads(spec, row.qkv, spec.heads, spec.q_norm, row.position, row.q);
-  for (int64_t i = 0; i < spec.heads * spec.dim(); ++i) row.q[i] *= spec.scale;
-}
-
-struct Scratch {
-  float* q;       // [vectors, dim]
-  float* scores;  // [vectors, 64]
-  float* tile;    // [64 * dim]: a tile of keys, then of values in panels of 16 columns, as floats
-  float* fade;    // [vectors] by how much what was summed before fades; as the others below, up to a multiple of 8
-  float* now;     // the running maximum after the tile
-  float* sum;     // of the tile's weights
-};
-
-// The running maxima and sums after a tile, and how much of what was summed before remains.
-inline void advance(const Scratch& scratch, int64_t vectors, const Partial& out) {
-  for (int64_t i = 0; i < vectors; i += 8) {
-    const f32x8 now = load(scratch.now + i);
-    const f32x8 faded = exp_negative(load(out.maximum + i) - now);
-    const f32x8 fade = select(now == splat(-INFINITY), splat(1.0f), faded);
-    store(scratch.fade + i, fade);
-    store(out.maximum + i, now);
-    store(out.sum + i, load(out.sum + i) * fade + load(scratch.sum + i));
-  }
-}
-
-// N query vectors from `first` on, of a tile whose first key is `tile`: their scores, then their weights.
-template <int N, typename T>
-inline void weights_of(const AttentionSpec& spec, const AttendTask& task, const Groups<T>& keys, int64_t group_count,
-                       int64_t tile, int64_t end, int64_t first, const Partial& out, const Scratch& scratch) {
-  const int64_t dim = spec.dim(), group = spec.group();
-  score<N>(scratch.q + first * dim, keys, group_count, dim, scratch.scores + first * kKeyTile);
-  // All maxima first: a sum does not wait for its own row's.
-  const int64_t count = group_count * kKeyLanes;
-  int64_t row = first / group, head = first % group;
-  for (int64_t i = first; i < first + N; ++i) {
-    const float before = out.maximum[i];
-    const float most = mask(spec, scratch.scores + i * kKeyTile, count, tile, task.position + row, end,
-                            task.slopes ? task.slopes[head] : 0.0f);
-    scratch.now[i] = most > before ? most : before;
-    if (++head == group) head = 0, ++row;
-  }
-  for (int64_t i = first; i < first + N; ++i) {
-    scratch.sum[i] = soften<N == 6 ? 4 : 2>(scratch.scores + i * kKeyTile, count, scratch.now[i]);
-  }
-}
-
-// How many groups ahead of the work memory is fetched: far enough for its latency, near enough to be still in the cache.
-constexpr int64_t kAhead = 16;
-
-// The groups of keys [begin, end) in the order in which they are worked on: a tile's keys, then its values. At most `most`.
-template <typename T>
-inline int64_t list_groups(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end, int64_t most,
-                           const T** groups) {
-  const int64_t elements = kKeyLanes * spec.dim();
-  const T* const pools[2] = {static_cast<const T*>(task.keys), static_cast<const T*>(task.values)};
-  int64_t count = 0;
-  int64_t block = begin / kKeyTile * kKeyTile / spec.block_size;
-  int64_t within = begin / kKeyTile * kKeyTile - block * spec.block_size;
-  for (int64_t tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
-    const int64_t tile_groups = ((end - tile < kKeyTile ? end - tile : kKeyTile) + kKeyLanes - 1) / kKeyLanes;
-    if (count + 2 * tile_groups > most) return count;
-    for (int64_t g = 0; g < tile_groups; ++g) {
-      const int64_t offset = task.blocks[block] * task.block_stride + within / kKeyLanes * elements;
-      groups[count + g] = pools[0] + offset;
-      groups[count + tile_groups + g] = pools[1] + offset;
-      within += kKeyLanes;
-      if (within == spec.block_size) within = 0, ++block;
-    }
-    count += 2 * tile_groups;
-  }
-  return count;
-}
-
-// Fetches a share of what lies ahead of a tile: many queries leave time for it between their products.
-template <typename T>
-inline void fetch_share(const Groups<T>& tile, int64_t share, int64_t dim) {
-  if (share >= 8) return;
-  const char* at = tile.ahead[share / 2] + share % 2 * dim * 16;
-  for (int64_t i = 0; i < dim * 16; i += 64) prefetch(at + i);
-}
-
-// Keys [begin, end) of one range, from nothing.
-template <typename T>
-inline void attend_range(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end,
-                         const Partial& out, const Scratch& scratch) {
-  const int64_t dim = spec.dim(), vectors = task.rows * spec.group();
-  const bool many = vectors > 6 && sizeof(T) == 2;
-  for (int64_t i = 0; i < padded_vectors(vectors); ++i) {
-    out.maximum[i] = -INFINITY;
-    out.sum[i] = 0.0f;
-  }
-  std::memset(out.values, 0, static_cast<size_t>(vectors * dim) * 4);
-  const T* groups[kKeyRange / kKeyLanes * 2 + kAhead];
-  int64_t listed = list_groups(spec, task, begin, end, kKeyRange / kKeyLanes * 2, groups);
-  const int64_t needed = listed + kAhead;
-  if (end < task.end) {
-    listed += list_groups(spec, task, end, task.end, kAhead, groups + listed);
-  } else if (task.next) {
-    listed += list_groups(spec, *task.next, task.next->begin, task.next->end, kAhead, groups + listed);
-  }
-  for (; listed < needed; ++listed) groups[listed] = groups[listed - 1];
-  const T* const* at = groups;
-  for (int64_t tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
-    const int64_t count = end - tile < kKeyTile ? end - tile : kKeyTile;
-    const int64_t group_count = (count + kKeyLanes - 1) / kKeyLanes;
-    Groups<T> keys, values;
-    Groups<float> wide_keys, wide_values;
-    for (int64_t g = 0; g < group_count; ++g) {
-      keys.at[g] = at[g];
-      values.at[g] = at[group_count + g];
-      keys.ahead[g] = reinterpret_cast<const char*>(at[kAhead + g]);
-      values.ahead[g] = reinterpret_cast<const char*>(at[kAhead + group_count + g]);
-      wide_keys.ahead[g] = wide_values.ahead[g] = nullptr;
-      wide_keys.at[g] = scratch.tile + g * kKeyLanes * dim;
-      wide_values.at[g] = scratch.tile + g * kKeyLanes * 16;
-    }
-    at += 2 * group_count;
-    values.stride = dim;
-    wide_values.stride = 16;
-    if (many) {
-      for (int64_t g = 0; g < group_count; ++g) {
-        if constexpr (sizeof(T) == 2) widen_keys(keys.at[g], dim, scratch.tile + g * kKeyLanes * dim);
-      }
-    }
-    by_sixes(vectors, [&](int64_t first, auto n) {
-      if (many) {
-        if (group_count == 4) fetch_share(keys, first / 6, dim);
-        weights_of<n>(spec, task, wide_keys, group_count, tile, end, first, out, scratch);
-      } else {
-        weights_of<n>(spec, task, keys, group_count, tile, end, first, out, scratch);
-      }
-    });
-    advance(scratch, vectors, out);
-    if (many) {
-      for (int64_t g = 0; g < group_count; ++g) {
-        if constexpr (sizeof(T) == 2) widen_values(values.at[g], dim, scratch.tile + g * kKeyLanes * 16);
-      }
-    }
-    by_sixes(vectors, [&](int64_t first, auto n) {
-      const float* weights = scratch.scores + first * kKeyTile;
-      float* to = out.values + first * dim;
-      if (many) {
-        if (group_count == 4) fetch_share(values, first / 6, dim);
-        weigh<n>(weights, wide_values, count, dim, 16 * kKeyTile, scratch.fade + first, to);
-      } else {
-        weigh<n>(weights, values, count, dim, 16, scratch.fade + first, to);
-      }
-    });
-  }
+  for (int64_t i = 0; i < spec.heads * spec.dim(); ++i) row.q[i] *= spec.scale * kLog2E;
 }
 
 inline void merge(const Partial& into, const Partial& next, int64_t vectors, int64_t dim) {
@@ -258,7 +109,9 @@ inline void merge(const Partial& into, const Partial& next, int64_t vectors, int
     const float a = into.maximum[i], b = next.maximum[i];
     if (b == -INFINITY) continue;  // nothing was visible there
     const float now = a > b ? a : b;
-    const float keep = exp_negative(splat(a - now))[0], take = exp_negative(splat(b - now))[0];
+    f32x8 parts[1] = {f32x8{a - now, b - now}};
+    exp2_negative<5>(parts);
+    const float keep = parts[0][0], take = parts[0][1];
     into.maximum[i] = now;
     into.sum[i] = into.sum[i] * keep + next.sum[i] * take;
     float* to = into.values + i * dim;
@@ -269,32 +122,85 @@ inline void merge(const Partial& into, const Partial& next, int64_t vectors, int
   }
 }
 
-inline void attend(const AttentionSpec& spec, const AttendTask& task, const Partial& out, float* memory) {
-  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group, padded = padded_vectors(vectors);
-  Scratch scratch;
-  scratch.q = memory;
-  scratch.scores = scratch.q + vectors * dim;
-  scratch.tile = scratch.scores + vectors * kKeyTile;
-  scratch.fade = scratch.tile + kKeyTile * ((dim + 15) / 16 * 16);
-  scratch.now = scratch.fade + padded;
-  scratch.sum = scratch.now + padded;
-  std::memset(scratch.fade, 0, static_cast<size_t>(3 * padded) * 4);
-  const Partial next = partial_at(scratch.sum + padded, vectors);
-  for (int64_t r = 0; r < task.rows; ++r) {
-    std::memcpy(scratch.q + r * group * dim, task.q + r * task.q_stride, static_cast<size_t>(group * dim) * 4);
+// Gives out memory in whole cache lines.
+class Carver {
+ public:
+  explicit Carver(float* memory) : at_(aligned(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(at_);
+    at_ += (count + 15) / 16 * 16;
+    return taken;
   }
+
+ private:
+  float* at_;
+};
+
+inline FloatScratch float_scratch(const AttentionSpec& spec, const AttendTask& task, Carver& memory) {
+  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group, padded = padded_vectors(vectors);
+  FloatScratch s;
+  s.q = memory.take<float>(vectors * dim);
+  s.scores = memory.take<float>(vectors * kKeyTile);
+  for (float** column : {&s.fade, &s.now, &s.sum}) {
+    *column = memory.take<float>(padded);
+    std::memset(*column, 0, static_cast<size_t>(padded) * 4);
+  }
+  for (int64_t r = 0; r < task.rows; ++r) {
+    std::memcpy(s.q + r * group * dim, task.q + r * task.q_stride, static_cast<size_t>(group * dim) * 4);
+  }
+  return s;
+}
+
+inline FixedScratch fixed_scratch(const AttentionSpec& spec, const AttendTask& task, Carver& memory) {
+  const int64_t group = spec.group(), dim = spec.dim(), vectors = task.rows * group;
+  FixedScratch s;
+  s.q = memory.take<int32_t>(vectors * dim / 2);
+  s.q_unit = memory.take<float>(vectors);
+  s.scores = memory.take<float>(kBatch * kKeyTile);
+  s.tops = memory.take<float>(kBatch * 8);
+  s.sums = memory.take<float>(kBatch * 8);
+  std::memset(s.tops, 0, static_cast<size_t>(kBatch) * 8 * 4 * 2);
+  for (float** column : {&s.most, &s.fade, &s.take}) *column = memory.take<float>(kBatch);
+  for (float** column : {&s.unit, &s.log, &s.over}) *column = memory.take<float>(kKeyTile);
+  for (int64_t i = 0; i < vectors; ++i) {
+    fix_query(task.q + i / group * task.q_stride + i % group * dim, dim, s.q + i * dim / 2, s.q_unit + i);
+  }
+  return s;
+}
+
+// attend_range(begin, end, partial) for every range of the task, merged in order.
+template <typename F>
+inline void by_ranges(const AttendTask& task, int64_t vectors, int64_t dim, const Partial& out, float* memory,
+                      F attend_range) {
+  const Partial next = partial_at(aligned(memory), vectors);
   bool first = true;
   for (int64_t range = task.begin / kKeyRange * kKeyRange; range < task.end; range += kKeyRange) {
-    const int64_t begin = task.begin > range ? task.begin : range;
-    const int64_t end = task.end < range + kKeyRange ? task.end : range + kKeyRange;
     const Partial& to = first ? out : next;
-    if (spec.half_cache) {
-      attend_range<uint16_t>(spec, task, begin, end, to, scratch);
-    } else {
-      attend_range<float>(spec, task, begin, end, to, scratch);
+    for (int64_t i = 0; i < padded_vectors(vectors); ++i) {
+      to.maximum[i] = -INFINITY;
+      to.sum[i] = 0.0f;
     }
+    std::memset(to.values, 0, static_cast<size_t>(vectors * dim) * 4);
+    attend_range(std::max(task.begin, range), std::min(task.end, range + kKeyRange), to);
     if (!first) merge(out, next, vectors, dim);
     first = false;
+  }
+}
+
+inline void attend(const AttentionSpec& spec, const AttendTask& task, const Partial& out, float* memory) {
+  const int64_t vectors = task.rows * spec.group(), dim = spec.dim();
+  Carver carver(memory + partial_floats(vectors, dim) + 16);
+  if (spec.half_cache) {
+    const FixedScratch scratch = fixed_scratch(spec, task, carver);
+    by_ranges(task, vectors, dim, out, memory, [&](int64_t begin, int64_t end, const Partial& to) {
+      attend_halves(spec, task, begin, end, to, scratch);
+    });
+  } else {
+    const FloatScratch scratch = float_scratch(spec, task, carver);
+    by_ranges(task, vectors, dim, out, memory, [&](int64_t begin, int64_t end, const Partial& to) {
+      attend_floats(spec, task, begin, end, to, scratch);
+    });
   }
 }
 

@@ -212,7 +212,11 @@ int Program::attend(int x, int layer, const AttentionSpec& spec) {
   const size_t bytes = static_cast<size_t>(spec.kv_heads * spec.dim() * limits_.block_size) * (limits_.half_cache ? 2 : 4);
   op.keys_offset = kv_bytes_per_block_;
   op.values_offset = kv_bytes_per_block_ + bytes;
+  op.scales_offset = kv_bytes_per_block_ + 2 * bytes;
   kv_bytes_per_block_ += 2 * bytes;
+  if (limits_.half_cache) {
+    kv_bytes_per_block_ += static_cast<size_t>(spec.kv_heads * (limits_.block_size / kKeyLanes) * kGroupScales) * 2;
+  }
   const auto same = [&](const AttentionSpec& other) {
     return other.heads == spec.heads && other.kv_heads == spec.kv_heads && other.head_dim == spec.head_dim &&
            other.window == spec.window;

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace textmill {
@@ -15,6 +17,7 @@ namespace TEXTMILL_ISA {
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
 inline f32x8 load(const float* from) {
   f32x8 v;
@@ -55,6 +58,79 @@ inline f32x8 maximum(f32x8 a, f32x8 b) {
 #endif
 }
 inline i32x8 bits(f32x8 v) { return (i32x8)v; }
+inline i32x8 load(const int32_t* from) {
+  i32x8 v;
+  __builtin_memcpy(&v, from, 32);
+  return v;
+}
+inline void store(int32_t* to, i32x8 v) { __builtin_memcpy(to, &v, 32); }
+
+// The words of which these are the upper halves.
+inline i32x8 load_upper(const uint16_t* from) {
+  u16x8 v;
+  __builtin_memcpy(&v, from, 16);
+  return __builtin_convertvector(v, i32x8) << 16;
+}
+inline f32x8 magnitude(f32x8 v) { return (f32x8)(bits(v) & 0x7fffffff); }
+
+// Eight rows of eight, each joined by `join` in one fixed order.
+template <typename F>
+inline f32x8 fold_rows(const float* rows, F join) {
+  f32x8 four[2];
+  for (int i = 0; i < 2; ++i) {
+    f32x8 two[2];
+    for (int j = 0; j < 2; ++j) {
+      const f32x8 a = load(rows + i * 32 + j * 16), b = load(rows + i * 32 + j * 16 + 8);
+      two[j] = join(__builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13),
+                    __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15));
+    }
+    four[i] = join(__builtin_shufflevector(two[0], two[1], 0, 1, 8, 9, 4, 5, 12, 13),
+                   __builtin_shufflevector(two[0], two[1], 2, 3, 10, 11, 6, 7, 14, 15));
+  }
+  return join(__builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11),
+              __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15));
+}
+
+// Pairs of 16-bit integers, two to a word: the low halves of the words of two vectors...
+inline i32x8 pair_up(i32x8 low, i32x8 high) {
+#if defined(__AVX2__)
+  return (i32x8)_mm256_blend_epi16((__m256i)low, (__m256i)(high << 16), 0xaa);
+#else
+  return (low & 0xffff) | (high << 16);
+#endif
+}
+// ... and the sums of the two products of pairs.
+inline i32x8 multiply_pairs(i32x8 a, i32x8 b) {
+#if defined(__AVX2__)
+  return (i32x8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  __m128i x[2], y[2];
+  __builtin_memcpy(x, &a, 32);
+  __builtin_memcpy(y, &b, 32);
+  for (int i = 0; i < 2; ++i) x[i] = _mm_madd_epi16(x[i], y[i]);
+  __builtin_memcpy(&a, x, 32);
+  return a;
+#else
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+// sum0 += multiply_pairs(a0, b), sum1 += multiply_pairs(a1, b) for the pair b at `factor`.
+inline void add_products(const int32_t* factor, i32x8 a0, i32x8 a1, i32x8* sum0, i32x8* sum1) {
+#if defined(__AVX2__)
+  // In one piece: left to itself the compiler keeps more products in flight than there are registers.
+  __m256i s0 = (__m256i)*sum0, s1 = (__m256i)*sum1, b, product;
+  __asm__(
+      "vpbroadcastd %6, %2\n\tvpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
+      : "+x"(s0), "+x"(s1), "=&x"(b), "=&x"(product)
+      : "x"((__m256i)a0), "x"((__m256i)a1), "m"(*factor));
+  *sum0 = (i32x8)s0;
+  *sum1 = (i32x8)s1;
+#else
+  const i32x8 b = splat(*factor);
+  *sum0 += multiply_pairs(a0, b);
+  *sum1 += multiply_pairs(a1, b);
+#endif
+}
 
 // One fixed order for all: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 inline float sum(f32x8 v) {
@@ -130,81 +206,33 @@ inline f32x8 exp_negative(f32x8 x) {
   const f32x8 p = exp_fraction(maximum(low, x), &whole);  // NaN stays
   return select(x < low, splat(0.0f), p * (f32x8)((whole + 127) << 23));
 }
-// The same for N vectors step by step side by side: one vector's steps wait for each other, the processor need not.
-template <int N>
-inline void exp_negative(f32x8 (&x)[N]) {
-  const f32x8 low = splat(-87.33654f), magic = splat(12582912.0f);
-  constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  i32x8 under[N], whole[N];
-  f32x8 r[N], p[N];
+// 2^x for x <= 0, N vectors step by step side by side: one vector's steps wait for each other, the processor need not.
+// 0 from -127 down, NaN stays, exactly 1 for 0. Terms: 4 are right to 3e-6 of the result, 5 to 1e-7 and the last bit.
+template <int Terms, int N>
+inline void exp2_negative(f32x8 (&x)[N]) {
+  static_assert(Terms == 4 || Terms == 5);
+  constexpr float kBoth[2][6] = {
+      {9.5828531689e-3f, 5.5906425036e-2f, 2.4024098611e-1f, 6.9312419337e-1f, 1.0f, 0.0f},
+      {1.3264727247e-3f, 9.6715126882e-3f, 5.5507337436e-2f, 2.4022242085e-1f, 6.9314697760e-1f, 1.0f}};
+  const float (&kTerms)[6] = kBoth[Terms - 4];
+  const f32x8 low = splat(-127.0f), magic = splat(12582912.0f);
+  f32x8 whole[N], p[N];
 #define TEXTMILL_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
-  TEXTMILL_EACH under[i] = x[i] < low;
-  TEXTMILL_EACH x[i] = maximum(low, x[i]);
-  TEXTMILL_EACH p[i] = fma(x[i], splat(1.44269504089f), magic);
-  TEXTMILL_EACH whole[i] = (bits(p[i]) - bits(magic) + 127) << 23;
-  TEXTMILL_EACH p[i] -= magic;
-  TEXTMILL_EACH r[i] = fma(p[i], splat(-0.693359375f), x[i]);
-  TEXTMILL_EACH r[i] = fma(p[i], splat(2.12194440e-4f), r[i]);
-  TEXTMILL_EACH p[i] = splat(1.9875691500e-4f);
+  TEXTMILL_EACH x[i] = maximum(low, x[i]);  // NaN stays
+  TEXTMILL_EACH whole[i] = x[i] + magic;
+  TEXTMILL_EACH x[i] -= whole[i] - magic;
+  TEXTMILL_EACH p[i] = fma(splat(kTerms[0]), x[i], splat(kTerms[1]));
 #pragma GCC unroll 8
-  for (const float term : kTerms) {
-    TEXTMILL_EACH p[i] = fma(p[i], r[i], splat(term));
+  for (int term = 2; term <= Terms; ++term) {
+    TEXTMILL_EACH p[i] = fma(p[i], x[i], splat(kTerms[term]));
   }
-  TEXTMILL_EACH p[i] = fma(p[i], r[i] * r[i], r[i]) + splat(1.0f);
-  TEXTMILL_EACH x[i] = select(under[i], splat(0.0f), p[i] * (f32x8)whole[i]);
+  TEXTMILL_EACH x[i] = (f32x8)(bits(p[i]) + (bits(whole[i]) << 23));
 #undef TEXTMILL_EACH
 }
 inline float exp(float x) { return exp(splat(x))[0]; }
 
 inline f32x8 tanh(f32x8 x) { return splat(1.0f) - splat(2.0f) / (exp(x + x) + splat(1.0f)); }
 inline f32x8 sigmoid(f32x8 x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
-
-// 16-bit floats. Finite values beyond the largest half become it: one large key must not turn a sequence into NaN.
-inline float from_half(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-  const uint32_t word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-#endif
-}
-inline uint16_t to_half(float x) {
-  constexpr float kLargest = 65504.0f;
-  if (x > kLargest && x < INFINITY) x = kLargest;
-  if (x < -kLargest && x > -INFINITY) x = -kLargest;
-#if defined(__F16C__)
-  return _cvtss_sh(x, 0);
-#else
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  const uint32_t sign = (word >> 16) & 0x8000u, magnitude = word & 0x7fffffffu;
-  if (magnitude >= 0x7f800000u) return static_cast<uint16_t>(sign | 0x7c00u | (magnitude > 0x7f800000u ? 0x200u : 0));
-  if (magnitude < 0x38800000u) {  // subnormal: the float adder rounds to even at 2^-24
-    const float scaled = std::fabs(x) + 0.5f;
-    uint32_t rounded;
-    std::memcpy(&rounded, &scaled, 4);
-    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
-#endif
-}
-inline f32x8 load(const uint16_t* from) {
-#if defined(__F16C__)
-  __m128i h;
-  __builtin_memcpy(&h, from, 16);
-  return (f32x8)_mm256_cvtph_ps(h);
-#else
-  f32x8 v;
-  for (int i = 0; i < 8; ++i) v[i] = from_half(from[i]);
-  return v;
-#endif
-}
-inline void put(uint16_t* to, float x) { *to = to_half(x); }
-inline void put(float* to, float x) { *to = x; }
 
 }  // namespace TEXTMILL_ISA
 }  // namespace textmill

@@ -26,7 +26,7 @@ void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
     const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
     std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
     vector_.store_row(spec, {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
-                             at + op.values_offset, position});
+                             at + op.values_offset, reinterpret_cast<uint16_t*>(at + op.scales_offset), position});
   }
 }
 
@@ -48,7 +48,10 @@ AttendTask Step::attend_task(const Op& op, int64_t unit) const {
   call.blocks = program_.table_.block_table + tile.slot * program_.table_.blocks_per_slot;
   call.keys = cache + op.keys_offset;
   call.values = cache + op.values_offset;
-  call.block_stride = static_cast<int64_t>(program_.kv_bytes_per_block_ / element);
+  const std::byte* scales = program_.cache_.data() + op.scales_offset;
+  const int64_t first = head * (spec.block_size / kKeyLanes) * kGroupScales;
+  call.scales = spec.half_cache ? reinterpret_cast<const uint16_t*>(scales) + first : nullptr;
+  call.block_stride = static_cast<int64_t>(program_.kv_bytes_per_block_ / 4);
   call.begin = task.begin;
   call.end = task.end;
   call.slopes = spec.alibi ? spec.alibi + head * group : nullptr;

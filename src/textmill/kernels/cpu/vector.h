@@ -13,9 +13,10 @@ namespace textmill {
 
 // Queries are cut in tiles, keys in tiles and ranges; keys by absolute position, so that bits never depend on the cut.
 constexpr int64_t kKeyLanes = 16;   // keys are stored transposed in groups of this many
+constexpr int64_t kGroupScales = 32;  // of keys and values of 16 bits, as 16-bit numbers: a cache line
 constexpr int64_t kKeyTile = 64;    // keys of one softmax update
 constexpr int64_t kKeyRange = 512;  // keys summed on their own, then merged in order
-constexpr int64_t kQueryTile = 96;  // query vectors that share a converted tile of keys (at least one row's)
+constexpr int64_t kQueryTile = 192;  // query vectors that go through the keys together (at least one row's)
 
 // What the heads of queries or keys are divided and multiplied by before they turn; no weight: nothing.
 struct HeadNorm {
@@ -37,7 +38,7 @@ struct AttentionSpec {
   int64_t rotary_half = 0;
   bool rope_interleaved = false;
   HeadNorm q_norm, k_norm;
-  bool half_cache = true;
+  bool half_cache = true;  // 16 bits a number, else floats
   int64_t block_size = 16;
 
   TEXTMILL_INLINE int64_t group() const { return heads / kv_heads; }
@@ -47,12 +48,14 @@ struct AttentionSpec {
 };
 
 // Norms, turns and scales the queries of one row into q [heads, dim], and stores its keys and values.
-// keys, values: the layer's part of the row's block: [kv_heads][block_size / 16][dim][16] and [kv_heads][block_size][dim].
+// keys, values: the layer's part of the row's block: [kv_heads][block_size / 16][dim][16] and
+// [kv_heads][block_size][dim] floats, or 16-bit numbers in the order, and with the scales, of attention_fixed.h.
 struct StoreRow {
   const float* qkv;
   float* q;
   void* keys;
   void* values;
+  uint16_t* scales;  // [kv_heads][block_size / 16][32]; 16-bit caches only
   int64_t position;
 };
 
@@ -72,7 +75,8 @@ struct AttendTask {
   const int32_t* blocks;
   const void* keys;  // of block 0, advanced to the kv head
   const void* values;
-  int64_t block_stride;  // elements from a block to the next
+  const uint16_t* scales;  // likewise; null for floats
+  int64_t block_stride;    // words of 4 bytes from a block to the next
   int64_t begin, end;
   const float* slopes;  // ALiBi of the group, or null
   const AttendTask* next = nullptr;  // what this thread does after it, if known: its first keys are fetched meanwhile
@@ -89,9 +93,14 @@ TEXTMILL_INLINE int64_t partial_floats(int64_t vectors, int64_t dim) {
 TEXTMILL_INLINE Partial partial_at(float* memory, int64_t vectors) {
   return {memory, memory + padded_vectors(vectors), memory + 2 * padded_vectors(vectors)};
 }
+// Memory from the next cache line on.
+TEXTMILL_INLINE float* aligned(float* memory) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
 TEXTMILL_INLINE int64_t attend_scratch_floats(int64_t vectors, int64_t dim) {
-  return vectors * dim + vectors * kKeyTile + kKeyTile * ((dim + 15) / 16 * 16) + 3 * padded_vectors(vectors) +
-         partial_floats(vectors, dim);
+  const int64_t queries = vectors * (dim + kKeyTile) + 3 * padded_vectors(vectors);
+  const int64_t tile = 3 * kKeyTile, batch = 24 * (kKeyTile + 8 + 8 + 4), lines = 16 * 16;
+  return partial_floats(vectors, dim) + queries + tile + batch + lines;
 }
 
 // Operations whose state moves on with every token, for some channels of consecutive rows of one sequence. Pointers stand

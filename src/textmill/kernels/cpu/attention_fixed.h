@@ -1,0 +1,336 @@
+// Attention over 16-bit caches in whole numbers: a key or a value is a row of 13-bit integers and a power of two, and
+// products are summed exactly, 64 keys at a time. A weight carries its value's power: so a tile's values can be summed.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_tiles.h"
+#include "simd.h"
+#include "vector.h"
+
+namespace textmill {
+namespace TEXTMILL_ISA {
+
+// A number of a key or a value is at most 4095, a weight at most 8192: a tile's 64 products stay below 2^31.
+constexpr int32_t kMostNumber = 4095;
+constexpr int kNumberBits = 12;
+constexpr float kWeightUnit = 8192.0f;
+constexpr float kRoundingTerm = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
+// Query vectors that go through a tile together: what they need stays in the nearest cache.
+constexpr int64_t kBatch = 24;
+// So few vectors wait for memory: what comes next is fetched beside the work on it.
+constexpr int kFew = 4;
+
+// Keys in groups of 16: [dim / 2][16] words, each of the numbers of dimensions d and d + dim / 2.
+// Values in groups of 16: [8][dim] words, each of the numbers of keys j and j + 8.
+// Scales of a group: [16] a key's unit, [16] the largest power of two in a value; the upper halves of floats.
+
+struct FixedScratch {
+  int32_t* q;     // [vectors][dim / 2] words, as of keys
+  float* q_unit;  // [vectors]
+  float* scores;  // [kBatch][64]; then weights in words, as of values
+  float* tops;    // [kBatch][8] the largest scores of a tile, spread over eight
+  float* sums;    // [kBatch][8] of weights, likewise
+  float* most;    // [kBatch] the largest score of the tile
+  float* fade;    // [kBatch] by how much what was summed before fades
+  float* take;    // [kBatch] by how much the tile counts
+  float* unit;    // [64] of the tile's keys
+  float* log;     // [64] the logarithm of the value's power; NaN if it is not finite
+  float* over;    // [64] 1 / that power
+};
+
+// What a row of numbers is a multiple of; not finite: NaN.
+struct Power {
+  int32_t exponent;  // of the largest
+  bool finite;
+};
+
+inline Power power_of(const float* x, int64_t count) {
+  f32x8 top = splat(0.0f), poison = top;
+  for (int64_t d = 0; d < count; d += 8) {
+    const f32x8 v = d + 8 <= count ? load(x + d) : load_part(x + d, count - d, 0.0f);
+    top = maximum(magnitude(v), top);
+    poison = fma(v, splat(0.0f), poison);
+  }
+  const float most = largest(top);
+  int32_t word;
+  std::memcpy(&word, &most, 4);
+  return {std::clamp((word >> 23) - 127, -40, 15), sum(poison) == 0.0f};
+}
+inline uint16_t scale_word(Power power, int32_t bits_below) {
+  return power.finite ? static_cast<uint16_t>((power.exponent - bits_below + 127) << 7) : uint16_t{0x7fc0};
+}
+
+// Writes the numbers of a row to to[i * apart], those from `half` on to the upper halves of the words.
+inline void put_numbers(const float* x, int64_t count, Power power, int64_t half, int64_t apart, uint16_t* to) {
+  const f32x8 factor = (f32x8)((splat(kNumberBits - 1 - power.exponent) + 127) << 23), magic = splat(kRoundingTerm);
+  const float most = static_cast<float>(kMostNumber);
+  for (int64_t d = 0; d < count; d += 8) {
+    // Beyond the largest number only where the row is beyond 2^16, or rounds up.
+    const f32x8 v = d + 8 <= count ? load(x + d) : load_part(x + d, count - d, 0.0f);
+    const f32x8 scaled = -maximum(splat(-most), -maximum(splat(-most), v * factor));
+    const i32x8 number = bits(scaled + magic) - bits(magic);
+    for (int64_t i = d; i < d + 8 && i < count; ++i) {
+      to[(i < half ? i * apart : (i - half) * apart + 1)] = static_cast<uint16_t>(number[i - d]);
+    }
+  }
+}
+
+// One row's keys (turned, [kv_heads, dim]) and values ([kv_heads, head_dim]).
+inline void store_fixed(const AttentionSpec& spec, const float* keys, const float* values, const StoreRow& row) {
+  const int64_t dim = spec.dim(), size = spec.block_size, offset = row.position % size;
+  const int64_t group = offset / kKeyLanes, lane = offset % kKeyLanes;
+  for (int64_t h = 0; h < spec.kv_heads; ++h) {
+    uint16_t* k = static_cast<uint16_t*>(row.keys) + (h * size + group * kKeyLanes) * dim + lane * 2;
+    uint16_t* v = static_cast<uint16_t*>(row.values) + (h * size + group * kKeyLanes + lane % 8 * 2) * dim + lane / 8;
+    uint16_t* scales = row.scales + (h * (size / kKeyLanes) + group) * kGroupScales + lane;
+    const Power key = power_of(keys + h * dim, dim), value = power_of(values + h * spec.head_dim, spec.head_dim);
+    scales[0] = scale_word(key, kNumberBits - 1);
+    scales[16] = scale_word(value, 0);
+    put_numbers(keys + h * dim, dim, key, dim / 2, 2 * kKeyLanes, k);
+    put_numbers(values + h * spec.head_dim, spec.head_dim, value, dim, 2, v);
+    for (int64_t d = spec.head_dim; d < dim; ++d) v[d * 2] = 0;
+  }
+}
+
+// A query vector as words; `unit` becomes what its numbers are multiples of, NaN if it is not finite.
+inline void fix_query(const float* from, int64_t dim, int32_t* to, float* unit) {
+  f32x8 top = splat(0.0f), poison = top;
+  for (int64_t d = 0; d < dim; d += 8) {
+    top = maximum(magnitude(load(from + d)), top);
+    poison = fma(load(from + d), splat(0.0f), poison);
+  }
+  const float most = largest(top);
+  const int64_t bound = ((int64_t{1} << 31) - 1) / (kMostNumber * dim);
+  const float limit = static_cast<float>(bound < 32767 ? bound : 32767);
+  const bool some = most > 1e-30f;
+  const f32x8 factor = splat(some ? limit / most : 0.0f), magic = splat(kRoundingTerm);
+  *unit = (some ? most / limit : 0.0f) + sum(poison);
+  const int64_t half = dim / 2;
+  const auto words = [&](f32x8 low, f32x8 high) {
+    return pair_up(bits(fma(low, factor, magic)), bits(fma(high, factor, magic)));
+  };
+  int64_t d = 0;
+  for (; d + 8 <= half; d += 8) store(to + d, words(load(from + d), load(from + half + d)));
+  if (d == half) return;
+  const i32x8 last = words(load_part(from + d, 4, 0.0f), load_part(from + half + d, 4, 0.0f));
+  std::memcpy(to + d, &last, 16);
+}
+
+template <int N, int V>
+inline void clear(i32x8 (&acc)[N][V]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      acc[i][v] = splat(int32_t{0});
+#if defined(__AVX2__)
+      // Twelve zeros of one origin would cost the loop a register.
+      __asm__("" : "+x"(*reinterpret_cast<__m256i*>(&acc[i][v])));
+#endif
+    }
+  }
+}
+
+// acc[i][v] += the products of the words factors[i * stride] and operands[8 * v].
+template <int N, int V>
+inline void multiply_add_pairs(const int32_t* factors, int64_t stride, const int32_t* operands, i32x8 (&acc)[N][V]) {
+  const i32x8 k0 = load(operands), k1 = load(operands + 8 * (V - 1));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    if constexpr (V == 2) {
+      add_products(factors + i * stride, k0, k1, &acc[i][0], &acc[i][1]);
+    } else {
+      acc[i][0] += multiply_pairs(k0, splat(factors[i * stride]));
+    }
+  }
+}
+
+// Scores of N queries, in units of log 2, against a group of keys. `first`: of the vectors, `row`: of the batch.
+template <int N>
+[[gnu::noinline]] static void score_fixed(const FixedScratch& s, const Groups<int32_t>& keys, int64_t first, int64_t row,
+                                          int64_t group, int64_t dim, const float* offset) {
+  constexpr int V = 2;
+  i32x8 acc[N][V];
+  clear(acc);
+  const int64_t half = dim / 2;
+  const int32_t* q = s.q + first * half;
+  const int32_t* words = keys.at[group];
+  const char* ahead = keys.ahead[group];
+  for (int64_t d = 0; d < half; ++d, words += kKeyLanes, ahead += 64) {
+    if constexpr (N <= kFew) prefetch(ahead);
+    multiply_add_pairs<N, V>(q + d, half, words, acc);
+  }
+  const int64_t key = group * kKeyLanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const f32x8 unit = splat(s.q_unit[first + i]);
+    f32x8 top = load(s.tops + (row + i) * 8);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const f32x8 x = __builtin_convertvector(acc[i][v], f32x8) * load(s.unit + key + 8 * v);
+      const f32x8 score = fma(x, unit, load(offset + key + 8 * v));
+      store(s.scores + (row + i) * kKeyTile + key + 8 * v, score);
+      top = maximum(score, top);
+    }
+    store(s.tops + (row + i) * 8, top);
+  }
+}
+
+// N times eight scores as weights relative to `top`, N / 2 times eight words; what they stand for is summed.
+template <int N>
+inline void soften_fixed(float* scores, int32_t* words, f32x8 top, const float* over, f32x8* even, f32x8* odd) {
+  f32x8 w[N];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) w[v] = load(scores + 8 * v) - top;
+  exp2_negative<4>(w);
+  const f32x8 unit = splat(kWeightUnit), magic = splat(kRoundingTerm);
+#pragma GCC unroll 4
+  for (int v = 0; v < N; v += 2) {
+    *even = fma(w[v], load(over + 8 * v), *even);
+    *odd = fma(w[v + 1], load(over + 8 * v + 8), *odd);
+    store(words + 4 * v, pair_up(bits(fma(w[v], unit, magic)), bits(fma(w[v + 1], unit, magic))));
+  }
+}
+
+// The weights of `rows` rows from `row` on, in place of their scores.
+inline void soften_rows(const FixedScratch& s, int64_t row, int64_t rows, int64_t count) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    float* scores = s.scores + r * kKeyTile;
+    int32_t* words = reinterpret_cast<int32_t*>(scores);
+    const f32x8 top = splat(s.most[r] == -INFINITY ? 0.0f : s.most[r]);
+    f32x8 even = splat(0.0f), odd = even;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) soften_fixed<4>(scores + i, words + i / 2, top, s.over + i, &even, &odd);
+    if (i < count) soften_fixed<2>(scores + i, words + i / 2, top, s.over + i, &even, &odd);
+    store(s.sums + r * 8, even + odd);
+  }
+}
+
+// out[i] = out[i] * fade[i] + take[i] * sum over keys of weight * value, for 8 * V columns.
+template <int N, int V>
+[[gnu::noinline]] static void weigh_fixed(const FixedScratch& s, const Groups<int32_t>& values, int64_t row,
+                                          int64_t group_count, int64_t column, int64_t dim, float* out) {
+  i32x8 acc[N][V];
+  clear(acc);
+  const int32_t* weights = reinterpret_cast<const int32_t*>(s.scores + row * kKeyTile);
+  for (int64_t g = 0; g < group_count; ++g, weights += 8) {
+    const int32_t* words = values.at[g] + column;
+    const char* ahead = values.ahead[g] + column * 4;
+#pragma GCC unroll 1  // unrolled, it spills
+    for (int64_t j = 0; j < 8; ++j, words += dim, ahead += dim * 4) {
+      if constexpr (N <= kFew) prefetch(ahead);
+      multiply_add_pairs<N, V>(weights + j, kKeyTile, words, acc);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const f32x8 fade = splat(s.fade[row + i]), take = splat(s.take[row + i]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = out + i * dim + column + 8 * v;
+      store(to, fma(__builtin_convertvector(acc[i][v], f32x8), take, load(to) * fade));
+    }
+  }
+}
+
+// The running maxima and sums after a tile, and what of the sums before and of the tile remains.
+inline void advance_fixed(const FixedScratch& s, int64_t vectors, float* maxima, float* sums) {
+  const f32x8 never = splat(-INFINITY);
+  for (int64_t i = 0; i < vectors; i += 8) {
+    const f32x8 before = load(maxima + i), most = load(s.most + i), now = maximum(most, before);
+    const f32x8 tile_sum = fold_rows(s.sums + i * 8, [](f32x8 a, f32x8 b) { return a + b; });
+    f32x8 x[2] = {before - now, most - now};
+    exp2_negative<5>(x);
+    const f32x8 fade = select(now == never, splat(1.0f), x[0]), take = select(most == never, splat(0.0f), x[1]);
+    store(maxima + i, now);
+    store(sums + i, fma(tile_sum, take, load(sums + i) * fade));
+    store(s.fade + i, fade);
+    store(s.take + i, take * splat(1.0f / (kWeightUnit * (1 << (kNumberBits - 1)))));
+  }
+}
+
+// What the scales of a group say, as floats.
+inline void read_scales(const uint16_t* scales, int64_t key, const FixedScratch& s) {
+  for (int64_t i = 0; i < kKeyLanes; i += 8) {
+    store(s.unit + key + i, (f32x8)load_upper(scales + i));
+    const i32x8 power = load_upper(scales + 16 + i);
+    const f32x8 log = __builtin_convertvector((power >> 23) - 127, f32x8);
+    store(s.log + key + i, select(power == splat(int32_t{0x7fc00000}), splat(NAN), log));
+    store(s.over + key + i, (f32x8)((254 << 23) - power));
+  }
+}
+
+// One tile of keys [first, end) before the queries of a task.
+struct FixedTile {
+  const AttentionSpec& spec;
+  const AttendTask& task;
+  const FixedScratch& s;
+  int64_t first, end;
+  Groups<int32_t> keys, values;
+
+  // How many groups n query vectors from `at` on look at; 0: none.
+  int64_t groups_seen(int64_t at, int64_t n) const {
+    const int64_t group = spec.group(), lowest = task.position + at / group;
+    if (spec.window > 0 && lowest - spec.window + 1 >= first + kKeyTile) return 0;
+    const int64_t last = std::min(task.position + (at + n - 1) / group + 1, end);
+    return last <= first ? 0 : (std::min(last - first, kKeyTile) + kKeyLanes - 1) / kKeyLanes;
+  }
+
+  template <int N>
+  void score(int64_t at, int64_t row) const {
+    static const float kNone[kKeyTile] = {};
+    for (int64_t i = row; i < row + N; ++i) store(s.tops + i * 8, splat(-INFINITY));
+    const int64_t group_count = groups_seen(at, N), count = group_count * kKeyLanes, dim = spec.dim();
+    const float* offset = spec.softcap > 0 ? kNone : s.log;
+    for (int64_t g = 0; g < group_count; ++g) score_fixed<N>(s, keys, at, row, g, dim, offset);
+    const int64_t lowest = task.position + at / spec.group();
+    const bool plain = spec.softcap <= 0 && !task.slopes && spec.window <= 0;
+    if (group_count == 0 || (plain && first + count <= std::min(lowest + 1, end))) return;
+    for (int64_t i = 0; i < N; ++i) {
+      const int64_t head = (at + i) % spec.group(), position = task.position + (at + i) / spec.group();
+      const f32x8 top = mask(spec, s.scores + (row + i) * kKeyTile, count, first, position, end,
+                             task.slopes ? task.slopes[head] : 0.0f, spec.softcap > 0 ? s.log : nullptr);
+      store(s.tops + (row + i) * 8, top);
+    }
+  }
+
+  template <int N>
+  void weigh(int64_t at, int64_t row, float* out) const {
+    const int64_t group_count = groups_seen(at, N), dim = spec.dim();
+    if (group_count == 0) return;
+    int64_t column = 0;
+    for (; column + 16 <= dim; column += 16) weigh_fixed<N, 2>(s, values, row, group_count, column, dim, out);
+    if (column < dim) weigh_fixed<N, 1>(s, values, row, group_count, column, dim, out);
+  }
+
+  // `count` query vectors from `at` on.
+  void attend(int64_t at, int64_t count, const Partial& out) const {
+    by_sixes(count, [&](int64_t row, auto n) { score<n>(at + row, row); });
+    for (int64_t i = 0; i < count; i += 8) {
+      store(s.most + i, fold_rows(s.tops + i * 8, [](f32x8 a, f32x8 b) { return maximum(a, b); }));
+    }
+    by_sixes(count, [&](int64_t row, auto n) { soften_rows(s, row, n, groups_seen(at + row, n) * kKeyLanes); });
+    advance_fixed(s, count, out.maximum + at, out.sum + at);
+    by_sixes(count, [&](int64_t row, auto n) { weigh<n>(at + row, row, out.values + (at + row) * spec.dim()); });
+  }
+};
+
+// Keys [begin, end) of one range.
+inline void attend_halves(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end,
+                          const Partial& out, const FixedScratch& s) {
+  const int64_t vectors = task.rows * spec.group();
+  GroupList<int32_t> list(spec, task, begin, end);
+  FixedTile tile = {spec, task, s, begin / kKeyTile * kKeyTile, end, {}, {}};
+  for (; tile.first < end; tile.first += kKeyTile) {
+    const int64_t group_count = (std::min(end - tile.first, kKeyTile) + kKeyLanes - 1) / kKeyLanes;
+    list.next_tile(group_count, &tile.keys, &tile.values);
+    for (int64_t g = 0; g < group_count; ++g) read_scales(tile.keys.scales[g], g * kKeyLanes, s);
+    for (int64_t batch = 0; batch < vectors; batch += kBatch) {
+      tile.attend(batch, std::min(kBatch, vectors - batch), out);
+    }
+  }
+}
+
+}  // namespace TEXTMILL_ISA
+}  // namespace textmill
