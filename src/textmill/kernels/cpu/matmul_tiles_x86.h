@@ -15,15 +15,52 @@ namespace {
 constexpr int64_t kStrip = 4;              // column blocks computed before their epilogue
 constexpr int64_t kLd = 8 * (kStrip + 1);  // floats between rows of a strip's results; one block more for [up] columns
 
-constexpr int planes(int bits) { return bits == 8 && Isa::kSplitBytes ? 2 : 1; }
+// How a tile finds codes: two a byte as packed, a byte each, in two planes of 4 bits (8-bit codes where bytes would
+// saturate), or as centred 16-bit words (their panels there: fewer instructions a product than two planes).
+enum class Codes { kNibbles, kBytes, kPlanes, kWords };
+
+constexpr Codes packed_codes(int bits) {
+  return bits == 4 ? Codes::kNibbles : Isa::kSplitBytes ? Codes::kPlanes : Codes::kBytes;
+}
+constexpr Codes panel_codes(int bits) { return bits == 8 && Isa::kSplitBytes ? Codes::kWords : Codes::kBytes; }
+
 constexpr int units(bool half) { return half ? 2 : 1; }  // float steps a chunk
 
-// A panel is what tiles of many rows read instead of the packed blocks: for each chunk the expanded codes of C blocks (256
-// bytes a plane), then for each unit and block 8 scales and 8 offsets in 32 bits.
+// A panel is what tiles of many rows read instead of the packed blocks: for each chunk the expanded codes of C blocks, then
+// for each unit and block 8 scales and 8 offsets in 32 bits. With words, activations are 16-bit words too.
+constexpr int64_t panel_code_bytes(int bits) { return panel_codes(bits) == Codes::kWords ? 512 : 256; }
 constexpr int64_t panel_step(int blocks, int bits, bool half) {
-  return blocks * (planes(bits) * 256 + units(half) * 64);
+  return blocks * (panel_code_bytes(bits) + units(half) * 64);
 }
 constexpr int64_t kPanelBytes = 16 << 10;
+constexpr int64_t kWideRecord = 80;  // a record with words for codes
+constexpr int64_t record_bytes(Codes codes) { return codes == Codes::kWords ? kWideRecord : kRecordBytes; }
+
+// What a weight has beside its scales, known when tiles are compiled for the common kinds.
+enum class Form { kOffsets, kZero, kAny };
+
+// Where a strip's results will go and what will be added to them: fetched tile by tile while products are computed, since
+// the lines of many rows asked for at once would be waited for.
+struct Fetch {
+  const float* out = nullptr;
+  int64_t out_stride = 0;
+  const float* residual = nullptr;
+  int64_t residual_stride = 0;
+
+  TEXTMILL_INLINE void rows(int64_t first, int64_t count) const {
+    if (!out) return;
+    for (int64_t r = first; r < first + count; ++r) {
+      line(out + r * out_stride);
+      if (residual) line(residual + r * residual_stride);
+    }
+  }
+
+ private:
+  static void line(const float* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at + 16), _MM_HINT_T0);
+  }
+};
 
 // A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
 struct Tile {
@@ -36,16 +73,25 @@ struct Tile {
   int64_t ahead;  // bytes to what is fetched meanwhile, 0: nothing; direct tiles only
 };
 
-// Vector of quad `q` of a chunk; plane 1 is the high halves of 8-bit codes.
-template <int kBits, bool kDirect>
-TEXTMILL_INLINE __m256i load_quad(const uint8_t* codes, int q, int plane) {
-  const __m256i low_bits = _mm256_set1_epi8(15);
-  if (!kDirect) return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + plane * 256 + q * kQuadBytes));
-  const int vector = kBits == 4 ? q % 4 : q;
+// Vector of step `q` of a chunk: a quad of each column, or a pair with words; plane 1 is the high halves of 8-bit codes.
+template <Codes kCodes>
+TEXTMILL_INLINE __m256i load_codes(const uint8_t* codes, int q, int plane) {
+  const int vector = kCodes == Codes::kNibbles ? q % 4 : q;
   const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + vector * kQuadBytes));
-  if (kBits == 8 && planes(kBits) == 1) return bytes;
-  const bool high = kBits == 4 ? q >= 4 : plane == 1;
-  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, low_bits);
+  if (kCodes == Codes::kBytes || kCodes == Codes::kWords) return bytes;
+  const bool high = kCodes == Codes::kNibbles ? q >= 4 : plane == 1;
+  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+}
+
+// The products of a step, added up to `sum` unless it is the first.
+template <Codes kCodes>
+TEXTMILL_INLINE __m256i add_products(bool first, __m256i sum, __m256i code, __m256i a) {
+  if (kCodes != Codes::kWords) return first ? Isa::first(code, a) : Isa::step(sum, code, a);
+  const __m256i products = _mm256_madd_epi16(code, a);
+  if (first) return products;
+  sum = _mm256_add_epi32(sum, products);
+  asm("" : "+x"(sum));  // keeps GCC from computing all products before the first sum, which spills them
+  return sum;
 }
 
 TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index) {
@@ -53,18 +99,19 @@ TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index)
   return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
 }
 
-// The integer dots of quads [kFirst, kFirst + kCount) of one chunk.
-template <int R, int C, int kBits, bool kDirect, int kFirst, int kCount>
+// The integer dots of a chunk, or of its half kPart.
+template <int R, int C, Codes kCodes, bool kHalf, int kPart>
 TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* const* records, __m256i dots[R][C]) {
-  constexpr int P = planes(kBits);
+  constexpr int P = kCodes == Codes::kPlanes ? 2 : 1;
+  constexpr int kCount = (kCodes == Codes::kWords ? 16 : 8) / units(kHalf), kFirst = kPart * kCount;
   __m256i sums[R][C][P];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int q = kFirst; q < kFirst + kCount; ++q) {
     __m256i code[C][P];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) code[c][p] = load_quad<kBits, kDirect>(codes[c], q, p);
+      for (int p = 0; p < P; ++p) code[c][p] = load_codes<kCodes>(codes[c], q, p);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -74,9 +121,7 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* cons
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-          sums[r][c][p] = q == kFirst ? Isa::first(code[c][p], a) : Isa::step(sums[r][c][p], code[c][p], a);
-        }
+        for (int p = 0; p < P; ++p) sums[r][c][p] = add_products<kCodes>(q == kFirst, sums[r][c][p], code[c][p], a);
       }
     }
   }
@@ -84,7 +129,9 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* cons
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      dots[r][c] = P == 1 ? Isa::finish(sums[r][c][0]) : Isa::finish_halves(sums[r][c][0], sums[r][c][P - 1]);
+      dots[r][c] = kCodes == Codes::kWords ? sums[r][c][0]
+                   : P == 1                ? Isa::finish(sums[r][c][0])
+                                           : Isa::finish_halves(sums[r][c][0], sums[r][c][P - 1]);
     }
   }
 }
@@ -93,18 +140,17 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* cons
 struct Fixed {
   float* y;
   __m256 zero;
-  bool has_zero;
   bool has_offsets;
   bool half_floats;
 };
 
 // y += s * (scale * (dot - zero * sum) + offset * sum) for every row and block of the tile; see matmul_impl.h.
 template <int R, int C, bool kZero, bool kOffsets>
-TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* records, int sum_index, const __m256i dots[R][C],
+TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* tails, int sum_index, const __m256i dots[R][C],
                               const __m256* scale, const __m256* offset) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const float* tail = reinterpret_cast<const float*>(records[r] + kRecordScale);
+    const float* tail = reinterpret_cast<const float*>(tails[r]);
     const __m256 s = _mm256_broadcast_ss(tail);
     const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
     const __m256 zero_sum = _mm256_mul_ps(fixed.zero, sum);
@@ -121,35 +167,33 @@ TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* records,
 }
 
 // One unit; codes and sets point to it in each block.
-template <int R, int C, int kBits, bool kHalf, bool kDirect, int kPart>
+template <int R, int C, Codes kCodes, bool kHalf, bool kDirect, Form kForm, int kPart>
 TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
                               const uint8_t* const* records, const uint8_t* const* sets) {
-  constexpr int kFirst = kHalf ? 4 * kPart : 0;
   constexpr int kSum = kHalf ? 1 + kPart : 0;
+  constexpr bool kCentred = kCodes == Codes::kWords;
   __m256i dots[R][C];
-  chunk_dots<R, C, kBits, kDirect, kFirst, kHalf ? 4 : 8>(codes, records, dots);
+  chunk_dots<R, C, kCodes, kHalf, kPart>(codes, records, dots);
+  const bool full = !kDirect || !fixed.half_floats;
+  const bool has_offsets = kForm == Form::kAny ? fixed.has_offsets : kForm == Form::kOffsets;
   __m256 scale[C], offset[C];
+  const uint8_t* tails[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) tails[r] = records[r] + record_bytes(kCodes) - 16;
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-    scale[c] = load_scales(!kDirect || !fixed.half_floats, sets[c], 0);
-    offset[c] = fixed.has_offsets ? load_scales(!kDirect || !fixed.half_floats, sets[c], 1) : _mm256_setzero_ps();
+    scale[c] = load_scales(full, sets[c], 0);
+    offset[c] = has_offsets ? load_scales(full, sets[c], 1) : _mm256_setzero_ps();
   }
-  if (fixed.has_offsets) {
-    if (fixed.has_zero) {
-      add_unit<R, C, true, true>(fixed, records, kSum, dots, scale, offset);
-    } else {
-      add_unit<R, C, false, true>(fixed, records, kSum, dots, scale, offset);
-    }
-  } else if (fixed.has_zero) {
-    add_unit<R, C, true, false>(fixed, records, kSum, dots, scale, offset);
-  } else {
-    add_unit<R, C, false, false>(fixed, records, kSum, dots, scale, offset);
-  }
+  if (kForm == Form::kOffsets) return add_unit<R, C, false, true>(fixed, tails, kSum, dots, scale, offset);
+  if (kForm == Form::kZero) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
+  if (!has_offsets) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
+  add_unit<R, C, !kCentred, true>(fixed, tails, kSum, dots, scale, offset);
 }
 
 inline Fixed fix(const Tile& tile) {
   const PackedView& w = *tile.w;
-  return {tile.y, _mm256_set1_ps(static_cast<float>(w.zero)), w.zero != 0, w.has_offsets, w.half_floats};
+  return {tile.y, _mm256_set1_ps(static_cast<float>(w.zero)), w.has_offsets, w.half_floats};
 }
 
 // Pointers to the records of R rows. GCC must not see how they hang together, or it keeps a pointer for each address that
@@ -164,9 +208,10 @@ TEXTMILL_INLINE void find_records(const uint8_t* first, int64_t stride, const ui
   }
 }
 
-template <int R, int C, int kBits, bool kHalf>
+template <int R, int C, int kBits, bool kHalf, Form kForm>
 void run_panel_tile(const Tile& tile) {
-  constexpr int64_t kCodes = planes(kBits) * 256;
+  constexpr Codes kCodes = panel_codes(kBits);
+  constexpr int64_t kBytes = panel_code_bytes(kBits);
   const Fixed fixed = fix(tile);
   const uint8_t* at = tile.blocks[0];
   const uint8_t *record = tile.x, *records[R];
@@ -175,14 +220,14 @@ void run_panel_tile(const Tile& tile) {
     find_records<R>(record, tile.x_stride, records);
     const uint8_t *codes[C], *sets[C], *second[C];
     for (int c = 0; c < C; ++c) {
-      codes[c] = at + c * kCodes;
-      sets[c] = at + C * kCodes + c * 64;
+      codes[c] = at + c * kBytes;
+      sets[c] = at + C * kBytes + c * 64;
       second[c] = sets[c] + C * 64;
     }
-    run_unit<R, C, kBits, kHalf, false, 0>(fixed, codes, records, sets);
-    if (kHalf) run_unit<R, C, kBits, kHalf, false, 1>(fixed, codes, records, second);
+    run_unit<R, C, kCodes, kHalf, false, kForm, 0>(fixed, codes, records, sets);
+    if (kHalf) run_unit<R, C, kCodes, kHalf, false, kForm, 1>(fixed, codes, records, second);
     at += panel_step(C, kBits, kHalf);
-    record += kRecordBytes;
+    record += record_bytes(kCodes);
   }
 }
 
@@ -198,8 +243,9 @@ struct Ahead {
   }
 };
 
-template <int R, int C, int kBits, bool kHalf>
+template <int R, int C, int kBits, bool kHalf, Form kForm>
 void run_direct_tile(const Tile& tile) {
+  constexpr Codes kCodes = packed_codes(kBits);
   const PackedView& w = *tile.w;
   const Fixed fixed = fix(tile);
   const int64_t set_bytes = w.set_bytes, chunks_per_set = w.chunks_per_group;
@@ -213,10 +259,10 @@ void run_direct_tile(const Tile& tile) {
   for (int64_t left = tile.chunks; left > 0; --left) {
     find_records<R>(record, tile.x_stride, records);
     ahead.fetch(fetched_a_chunk);
-    run_unit<R, C, kBits, kHalf, true, 0>(fixed, codes, records, sets);
+    run_unit<R, C, kCodes, kHalf, true, kForm, 0>(fixed, codes, records, sets);
     if (kHalf) {
       for (int c = 0; c < C; ++c) sets[c] += set_bytes;
-      run_unit<R, C, kBits, kHalf, true, 1>(fixed, codes, records, sets);
+      run_unit<R, C, kCodes, kHalf, true, kForm, 1>(fixed, codes, records, sets);
     }
     const bool next_set = --left_in_set == 0;
     if (next_set) left_in_set = chunks_per_set;
@@ -237,7 +283,7 @@ struct TileTable {
   TileFunction of[kTileRows][2];
 };
 
-#define TEXTMILL_TILES(run, R) {run<R, 1, kBits, kHalf>, run<R, 2, kBits, kHalf>}
+#define TEXTMILL_TILES(run, R) {run<R, 1, kBits, kHalf, kForm>, run<R, 2, kBits, kHalf, kForm>}
 #define TEXTMILL_ALL_TILES(run)                                                                \
   {                                                                                            \
     {                                                                                          \
@@ -245,19 +291,31 @@ struct TileTable {
           TEXTMILL_TILES(run, 4), TEXTMILL_TILES(run, 5), TEXTMILL_TILES(run, 6),              \
     }                                                                                          \
   }
-template <int kBits, bool kHalf>
+template <int kBits, bool kHalf, Form kForm>
 constexpr TileTable kPanelTiles = TEXTMILL_ALL_TILES(run_panel_tile);
-template <int kBits, bool kHalf>
+template <int kBits, bool kHalf, Form kForm>
 constexpr TileTable kDirectTiles = TEXTMILL_ALL_TILES(run_direct_tile);
 
+// The common kinds of weights have tiles of their own.
+inline Form form_of(const PackedView& w) {
+  if (w.has_offsets) return w.zero == 0 ? Form::kOffsets : Form::kAny;
+  return Form::kZero;
+}
+
 const TileTable& panel_tiles(const PackedView& w) {
-  if (w.bits == 4) return w.half_groups ? kPanelTiles<4, true> : kPanelTiles<4, false>;
-  return w.half_groups ? kPanelTiles<8, true> : kPanelTiles<8, false>;
+  if (w.half_groups) return w.bits == 4 ? kPanelTiles<4, true, Form::kAny> : kPanelTiles<8, true, Form::kAny>;
+  const Form form = form_of(w);
+  if (form == Form::kZero) return w.bits == 4 ? kPanelTiles<4, false, Form::kZero> : kPanelTiles<8, false, Form::kZero>;
+  if (w.bits == 8) return kPanelTiles<8, false, Form::kAny>;
+  return form == Form::kOffsets ? kPanelTiles<4, false, Form::kOffsets> : kPanelTiles<4, false, Form::kAny>;
 }
 
 const TileTable& direct_tiles(const PackedView& w) {
-  if (w.bits == 4) return w.half_groups ? kDirectTiles<4, true> : kDirectTiles<4, false>;
-  return w.half_groups ? kDirectTiles<8, true> : kDirectTiles<8, false>;
+  if (w.half_groups) return w.bits == 4 ? kDirectTiles<4, true, Form::kAny> : kDirectTiles<8, true, Form::kAny>;
+  const Form form = form_of(w);
+  if (form == Form::kZero) return w.bits == 4 ? kDirectTiles<4, false, Form::kZero> : kDirectTiles<8, false, Form::kZero>;
+  if (w.bits == 8) return kDirectTiles<8, false, Form::kAny>;
+  return form == Form::kOffsets ? kDirectTiles<4, false, Form::kOffsets> : kDirectTiles<4, false, Form::kAny>;
 }
 
 }  // namespace

@@ -19,14 +19,18 @@ namespace textmill {
 namespace matmul_detail {
 namespace {
 
-constexpr int64_t kMaxRows = 120;  // rows computed before the next strip
+constexpr int64_t kMaxRows = 120;    // rows computed before the next strip
+constexpr int64_t kLongStrip = 512;  // columns of a strip of one row: memory is read in long runs
 
 template <class Products>
-void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < count; ++c) _mm256_store_ps(y + r * kLd + c * 8, _mm256_setzero_ps());
+void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y,
+             const Fetch& fetch) {
+  const int64_t floats = rows == 1 ? (count + kStrip) / (kStrip + 1) * kLd : rows * kLd;
+  for (float* at = y; at < y + floats; at += kLd) {  // whole rows: GCC makes a slow string instruction of anything else
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < kLd; c += 8) _mm256_store_ps(at + c, _mm256_setzero_ps());
   }
-  products(block, count, row, rows, y);
+  products(block, count, row, rows, y, fetch);
 }
 
 // Computes columns [begin, end) for all rows, strip by strip: products, then the epilogue straight into `out`.
@@ -36,20 +40,20 @@ void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block,
   alignas(64) float y[kMaxRows * kLd];
   alignas(64) float up[kMaxRows * kLd];
   const bool gated = out.epilogue->gated;
-  const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8;
+  const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8, strip = rows == 1 ? kLongStrip : 8 * kStrip;
   for (int64_t row = 0; row < rows; row += row_block) {
     const int64_t some = rows - row < row_block ? rows - row : row_block;
-    for (int64_t column = begin; column < end; column += 8 * kStrip) {
-      const int64_t width = end - column < 8 * kStrip ? end - column : 8 * kStrip;
-      for (int64_t r = row; r < row + some; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column + 16), _MM_HINT_T0);
-      }
-      compute(products, column / 8, (width + 7) / 8, row, some, y);
+    for (int64_t column = begin; column < end; column += strip) {
+      const int64_t width = end - column < strip ? end - column : strip;
+      const Epilogue& epilogue = *out.epilogue;
+      const Fetch fetch = {out.data + row * out.stride + column, out.stride,
+                           epilogue.residual ? epilogue.residual + row * epilogue.residual_stride + column : nullptr,
+                           epilogue.residual_stride};
+      compute(products, column / 8, (width + 7) / 8, row, some, y, fetch);
       if (gated) {
         const int64_t first = (half + column) / 8;
         const int64_t wanted = (shift + width + 7) / 8;
-        compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up);
+        compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up, Fetch{});
       }
       finish_strip(*out.epilogue, {y, gated ? up + shift : nullptr, kLd, half, row, some, column, width}, out.data,
                    out.stride);
