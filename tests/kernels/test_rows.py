@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,3 +114,22 @@ def test_a_product_with_an_activation_of_its_own_operation(gated: bool) -> None:
 
     x = torch.randn(5, 16)
     torch.testing.assert_close(recorded(operation, x), operation(x), rtol=1e-5, atol=1e-5)
+
+
+def test_placed_rows_take_the_place_of_others() -> None:
+    table, values = torch.randn(24, 24), torch.randn(3, 24)
+    p = Program(max_rows=8, max_slots=1, max_total_tokens=16, vocab_size=24)
+    p.finish(p.outputs(p.place_rows(p.embed(dense_weight(table)))))
+    p.allocate(4)
+    put(p, 0, range(16), 0)
+    step, which = work((0, 2, 6, 0)), np.array([-1, 1, 2, -1, 0, -1], np.int32)
+    got = torch.from_numpy(p.logits(step, every_row=True, placed=(which, values.numpy())))
+    assert torch.equal(got, torch.stack([table[2], values[1], values[2], table[5], values[0], table[7]]))
+    assert torch.equal(torch.from_numpy(p.logits(step, every_row=True)), table[2:8])
+    for wrong, message in (
+        ((which[:5], values.numpy()), "one entry per row"),
+        ((which + 1, values.numpy()), "no such row"),
+        ((which, values[:, :23].contiguous().numpy()), "not as wide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            p.logits(step, every_row=True, placed=wrong)

@@ -25,8 +25,10 @@ from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
 from textmill.images.cutting import cut
 from textmill.images.recipe import BICUBIC, BILINEAR, CLIP_MEAN, CLIP_STD, HALF, Recipe
+from textmill.kernels.native import LOADED, Program
 from textmill.models.registry import build_model
-from textmill.runner.runner import LocalRunner
+from textmill.runner.native_executor import NativeExecutor
+from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import Checkpoint, open_checkpoint
@@ -127,9 +129,10 @@ FAMILIES = [family_of(case) for case in vision.CASES]
 
 
 class Seeing:
-    """A family's checkpoint and its oracle."""
+    """A family's checkpoint and its oracle; `kind` of executor: the native one, where the family can be recorded."""
 
     def __init__(self, family: Family, folder: Path) -> None:
+        self.kind = "native" if LOADED and not family.case.not_native else "torch"
         self.family = family
         self.folder = folder
         family.case.make(folder)
@@ -153,10 +156,17 @@ class Seeing:
         logits = self.expected(prompt, tokens[:-1])[len(prompt.tokens) - 1 :]
         assert logits.argmax(-1).tolist() == list(tokens)
 
-    def executor(self, blocks: int) -> tuple[TorchExecutor, Checkpoint]:
+    def executor(self, blocks: int, kind: str | None = None) -> tuple[Executor, Checkpoint]:
         checkpoint = open_checkpoint(self.folder)
-        model = build_model(checkpoint.config, View(checkpoint))
-        return TorchExecutor(model, SLOTS, TOTAL, BLOCK, blocks), checkpoint
+        c = checkpoint.config
+        model = build_model(c, View(checkpoint))
+        if (kind or self.kind) == "torch":
+            return TorchExecutor(model, SLOTS, TOTAL, BLOCK, blocks), checkpoint
+        sizes = {"max_rows": 512, "max_slots": SLOTS, "max_total_tokens": TOTAL, "block_size": BLOCK}
+        program = Program(**sizes, vocab_size=c.vocab_size, kv_dtype="float32")
+        native = NativeExecutor(model, program, "float32")
+        program.allocate(blocks)
+        return native, checkpoint
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.case.id)
@@ -197,11 +207,23 @@ def served(
     return answers, stats
 
 
-def test_logits_in_chunks_that_end_inside_pictures(seeing: Seeing) -> None:
+def logits_of(executor: Executor, work: Sequence[SlotWork]) -> torch.Tensor:
+    """The logits of the step that just ran (torch) or that runs for it (native)."""
+    if isinstance(executor, TorchExecutor):
+        return executor.logits
+    assert isinstance(executor, NativeExecutor)
+    rows = np.array([(w.slot, w.start, w.count, w.samples) for w in work], dtype=np.int32)
+    return torch.from_numpy(executor.program.logits(rows, placed=executor.placed(work)))
+
+
+@pytest.mark.parametrize("kind", ["torch", "native"])
+def test_logits_in_chunks_that_end_inside_pictures(seeing: Seeing, kind: str) -> None:
+    if kind == "native" != seeing.kind:
+        return
     prompt = seeing.family.prompt(seeing.words(7, 1), (40, 70, 1), seeing.words(5, 2), (31, 30, 2), seeing.words(6, 3))
     expected = seeing.expected(prompt)
     assert float(expected.std()) > 0.5
-    executor, checkpoint = seeing.executor(TOTAL // BLOCK)
+    executor, checkpoint = seeing.executor(TOTAL // BLOCK, kind)
     blocks = tuple(range(TOTAL // BLOCK))
     admission = Admission(0, prompt.tokens, Sampling(), prompt_logprobs=True, images=prompt.images)
     apply(Step(0, (), (admission,), (), ((0, 0, blocks),)), executor.tables)
@@ -210,12 +232,14 @@ def test_logits_in_chunks_that_end_inside_pictures(seeing: Seeing) -> None:
         count = min(end, len(prompt.tokens)) - start
         if not count:
             break
-        executor.run([SlotWork(0, start, count, False)])
-        largest = max(largest, float((executor.logits - expected[start : start + count]).abs().max()))
-        torch.testing.assert_close(executor.logits, expected[start : start + count], atol=TOLERANCE, rtol=TOLERANCE)
+        work = [SlotWork(0, start, count, False)]
+        executor.run(work)
+        found = logits_of(executor, work)
+        largest = max(largest, float((found - expected[start : start + count]).abs().max()))
+        torch.testing.assert_close(found, expected[start : start + count], atol=TOLERANCE, rtol=TOLERANCE)
         start += count
     assert checkpoint.unread() == []
-    record(seeing.family.case, executor="torch", error=largest)
+    record(seeing.family.case, executor=kind, error=largest)
 
 
 def mixed(seeing: Seeing) -> list[Prompt]:
@@ -243,7 +267,7 @@ def test_greedy_tokens_of_eight(seeing: Seeing, scarce: bool) -> None:
     for prompt, found in zip(prompts, tokens, strict=True):
         seeing.assert_greedy(prompt, found)
     assert (stats["preemptions"] > 0) == scarce
-    record(seeing.family.case, executor="torch", **{"preempted" if scarce else "together": True})
+    record(seeing.family.case, executor=seeing.kind, **{"preempted" if scarce else "together": True})
 
 
 def test_the_prefix_cache_tells_pictures_apart(seeing: Seeing) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ except ImportError:  # not built: the torch reference serves
 _ACTIVATION_NUMBERS = {
     "silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4, "sigmoid": 5, "tanh": 6, "quick_gelu": 7,
 }  # fmt: skip
+Placed: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]
 _LAST_OF_PRODUCTS = 4  # the activations that a product can end with
 
 
@@ -117,6 +118,7 @@ class Program:
         self.seed = np.zeros(max_slots, np.uint64)
         self.top_n = np.zeros(max_slots, np.int32)
         self.prompt_logprobs = np.zeros(max_slots, np.uint8)
+        self.images: dict[int, Any] | None = None  # what slots show, if the model sees
         self.compute_seconds = 0.0  # spent in native code by all steps so far
         self._kept: dict[int, tuple[Array, NDArray[np.float32]]] = {}
         self._weights: dict[int, NativeWeight] = {}
@@ -140,6 +142,10 @@ class Program:
     def embed_positions(self, table: Array, offset: int = 0) -> Rows:
         """Row `position + offset` of `table` [positions, columns] for the step's tokens."""
         return self._rows(self._native.embed_positions(self._keep(table), offset))
+
+    def place_rows(self, x: Rows) -> Rows:
+        """x, but with the rows that a step places (see `run`)."""
+        return self._rows(self._native.place_rows(self._own(x)))
 
     def rms_norm(self, x: Rows, weight: Array, eps: float, plus_one: bool = False) -> Rows:
         """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight)."""
@@ -278,26 +284,35 @@ class Program:
 
     # Running
 
-    def run(self, work: NDArray[np.int32]) -> StepArrays:
+    def run(self, work: NDArray[np.int32], placed: Placed | None = None) -> StepArrays:
         """Computes the rows (slot, start, count, samples) of `work` int32 [n, 4] and chooses tokens where `samples`.
 
         A chosen token is appended to its slot (tokens, length). `samples` asks for start + count == length[slot].
         samples = 1 + d verifies d guesses that stand in `tokens` behind `length` and are among the `count` rows: a
         token is chosen after each of the last 1 + d rows, and those up to the first wrong guess are appended.
-        ValueError, before anything is touched: work that the table, the cache or the program's limits do not allow.
+        `placed`: for every row of the step the row of the values that takes its place at `place_rows`, or -1, and
+        the values. ValueError, before anything is touched: work that the table, the cache or the limits do not allow.
         """
-        return self._step(work, None, sample=True, every_row=False)
+        return self._step(work, None, sample=True, every_row=False, placed=placed)
 
-    def logits(self, work: NDArray[np.int32], *, every_row: bool = False) -> NDArray[np.float32]:
+    def logits(
+        self, work: NDArray[np.int32], *, every_row: bool = False, placed: Placed | None = None
+    ) -> NDArray[np.float32]:
         """The raw logits of a step [output rows, vocab_size] (of all its rows if `every_row`); chooses nothing."""
         counts = work[:, 2]
         wanted = np.where((self.prompt_logprobs[work[:, 0]] != 0) | every_row, counts, work[:, 3])
         out = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
-        self._step(work, out, sample=False, every_row=every_row)
+        self._step(work, out, sample=False, every_row=every_row, placed=placed)
         return out
 
     def _step(
-        self, work: NDArray[np.int32], logits: NDArray[np.float32] | None, *, sample: bool, every_row: bool
+        self,
+        work: NDArray[np.int32],
+        logits: NDArray[np.float32] | None,
+        *,
+        sample: bool,
+        every_row: bool,
+        placed: Placed | None,
     ) -> StepArrays:
         count, slots = int(np.maximum(work[:, 3], 1).sum()), work[:, 0]
         known = slots[(slots >= 0) & (slots < self.max_slots)]
@@ -314,7 +329,7 @@ class Program:
         )
         arrays = (out.token, out.logprob, out.error, out.top_count, out.top_ids, out.top_logprobs, out.prompt_logprobs)
         started = time.perf_counter()
-        self._native.run(np.ascontiguousarray(work, np.int32), *arrays, logits, sample, every_row)
+        self._native.run(np.ascontiguousarray(work, np.int32), *arrays, logits, sample, every_row, *(placed or ()))
         self.compute_seconds += time.perf_counter() - started
         return out
 

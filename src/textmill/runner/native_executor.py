@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
-from textmill.kernels.native import NativeWeight, Program, Rows, StepArrays, Unrecordable
+from textmill.kernels.native import NativeWeight, Placed, Program, Rows, StepArrays, Unrecordable
 from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
 from textmill.layers.causal_lm import CausalLM
-from textmill.layers.types import Hidden, Stored
+from textmill.layers.types import Context, Encoder, Hidden, Stored
 from textmill.runner.runner import NOT_FINITE
 
 
@@ -25,6 +25,8 @@ class Recorder:
 
     def __init__(self, program: Program) -> None:
         self._program = program
+        self.encoder: Encoder | None = None  # of images, if the model places any
+        self.columns = 0  # of what it makes of them
 
     def embed(self, table: Stored, scale: float = 1.0) -> Hidden:
         weight = table.form_for(None)
@@ -44,6 +46,11 @@ class Recorder:
     def scan(self, x: Hidden, dt: Hidden, bc: Hidden, gate: Hidden, state: int, spec: ScanSpec) -> Hidden:
         return cast(Hidden, self._program.scan(cast(Rows, x), cast(Rows, dt), cast(Rows, bc), cast(Rows, gate), spec))
 
+    def place_images(self, embed: Callable[[Context], Hidden], encoder: Callable[[], Encoder]) -> Hidden:
+        rows = cast(Rows, embed(self))
+        self.encoder, self.columns = encoder(), rows.cols
+        return cast(Hidden, self._program.place_rows(rows))
+
     def outputs(self, x: Hidden) -> Hidden:
         return cast(Hidden, self._program.outputs(cast(Rows, x)))
 
@@ -58,7 +65,9 @@ class NativeExecutor:
 
     def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
         """Records the model; raises Unrecordable."""
-        program.finish(cast(Rows, model(Recorder(program))))
+        recorder = Recorder(program)
+        program.finish(cast(Rows, model(recorder)))
+        self._seeing = None if recorder.encoder is None else Seeing(program, recorder.encoder, recorder.columns)
         self.memory = model.memory
         self.program = program
         self.tables = program
@@ -78,7 +87,7 @@ class NativeExecutor:
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         rows = np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
-        arrays = self.program.run(rows)
+        arrays = self.program.run(rows, self.placed(work))
         choices = choices_of(arrays)
         errors = arrays.error.tolist()
         out: list[Sampled] = []
@@ -95,6 +104,10 @@ class NativeExecutor:
             place += 1 + len(item.draft)
         return out
 
+    def placed(self, work: Sequence[SlotWork]) -> Placed | None:
+        """The features of images that stand in rows of the work."""
+        return None if self._seeing is None else self._seeing.placed(work)
+
     def _prompt_logprobs(self, values: NDArray[np.float32], item: SlotWork, first_row: int) -> tuple[float, ...]:
         """Of positions start+1 .. start+count, as far as those tokens were known before the step."""
         if not self.program.prompt_logprobs[item.slot]:
@@ -102,6 +115,25 @@ class NativeExecutor:
         known = item.start + item.count - len(item.draft) if item.samples else int(self.program.length[item.slot])
         count = max(0, min(item.count, known - 1 - item.start))
         return tuple(values[first_row : first_row + count].tolist())
+
+
+class Seeing:
+    """Images of a recorded model: a tower in torch encodes them, the program takes their features for embeddings."""
+
+    def __init__(self, program: Program, encoder: Encoder, columns: int) -> None:
+        from textmill.runner.pictures import Pictures
+
+        program.images = {}
+        self._images = program.images
+        self._pictures = Pictures(program.images)
+        self._encoder = encoder
+        self._columns = columns
+
+    def placed(self, work: Sequence[SlotWork]) -> Placed | None:
+        if not self._images:
+            return None
+        items = [(one.slot, one.start, one.count) for one in work]
+        return self._pictures.rows(items, self._columns, self._encoder)
 
 
 def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:

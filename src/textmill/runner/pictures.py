@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,17 +30,35 @@ class Pictures:
 
     def place(self, x: Tensor, work: Work, encoder: Encoder) -> Tensor:
         """x [rows, columns] with features in the rows that stand for images."""
-        row = 0
+        found = self.rows(work, x.shape[-1], encoder)
+        if found is not None:
+            x[torch.from_numpy(found[0] >= 0)] = torch.from_numpy(found[1])
+        return x
+
+    @torch.inference_mode()
+    def rows(self, work: Work, columns: int, encoder: Encoder) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+        """For each row of the work which of the features stands for it (-1: none), and these in order [n, columns].
+
+        None where no row stands for an image. Features that do not fit are not numbers.
+        """
+        numbers = np.full(sum(count for _, _, count in work), -1, np.int32)
+        features: list[Tensor] = []
+        row = filled = 0
         for slot, start, count in work:
             for image in self._shown.get(slot, ()):
                 first, last = max(image.start, start), min(image.start + image.count, start + count)
                 if first < last:
-                    features = self._features_of(image, encoder)
-                    fits = features.shape == (image.count, x.shape[-1])
-                    here = slice(first - image.start, last - image.start)
-                    x[row + first - start : row + last - start] = features[here] if fits else torch.nan
+                    features.append(self._part(image, range(first, last), columns, encoder))
+                    numbers[row + first - start : row + last - start] = range(filled, filled + last - first)
+                    filled += last - first
             row += count
-        return x
+        return (numbers, torch.cat(features).numpy()) if features else None
+
+    def _part(self, image: Image, positions: range, columns: int, encoder: Encoder) -> Tensor:
+        features = self._features_of(image, encoder)
+        if features.shape != (image.count, columns):
+            return torch.full((len(positions), columns), torch.nan)
+        return features[positions.start - image.start : positions.stop - image.start]
 
     def attend(self, q: Tensor, work: Work, layer: int, heads: int, encoder: Encoder) -> Tensor:
         """Queries [rows, heads x d] over keys and values of the image that each row sees; zeros where it sees none."""

@@ -30,6 +30,10 @@ class Tables(Protocol):
     top_n: NDArray[np.int32]
     prompt_logprobs: NDArray[np.uint8]
 
+    @property
+    def images(self) -> dict[int, tuple[Image, ...]] | None:
+        """Of slots that show any; None where the model does not see."""
+
 
 class SlotTables:
     """Tables of our own, for executors that do not bring theirs."""
@@ -57,11 +61,17 @@ class SlotTables:
 
     def show(self, step: Step) -> None:
         """Which images the slots show, and which texts stand beside them, from this step on."""
+        show(step, self.images)
         for slot in (*step.releases, *(admission.slot for admission in step.admissions)):
-            self.images.pop(slot, None)
             self.sources.pop(slot, None)
-        self.images.update((one.slot, one.images) for one in step.admissions if one.images)
         self.sources.update((one.slot, one.encoder_tokens) for one in step.admissions if one.encoder_tokens)
+
+
+def show(step: Step, images: dict[int, tuple[Image, ...]]) -> None:
+    """Which images the slots show from this step on."""
+    for slot in (*step.releases, *(admission.slot for admission in step.admissions)):
+        images.pop(slot, None)
+    images.update((one.slot, one.images) for one in step.admissions if one.images)
 
 
 def apply(step: Step, tables: Tables) -> None:
@@ -70,10 +80,12 @@ def apply(step: Step, tables: Tables) -> None:
         tables.length[slot] = 0
     for admission in step.admissions:
         admit(admission, tables)
-    if isinstance(tables, SlotTables):  # others belong to models that see nothing
+    if isinstance(tables, SlotTables):
         tables.show(step)
         if tables.told is not None:
             tables.told.append(step)
+    elif tables.images is not None:
+        show(step, tables.images)
     for slot, first, blocks in step.blocks:
         tables.block_table[slot, first : first + len(blocks)] = blocks
     for item in step.work:

@@ -13,7 +13,6 @@ from tests.models.parity import Case, Oracle, load, transformers_oracle
 from tests.models.tiny import SIZES, Make, random_checkpoint
 
 ORACLE = transformers_oracle(model_class=AutoModelForImageTextToText)
-TORCH = "pictures take the place of embeddings, which is not recorded"
 CROSS = "attention to pictures is not recorded"
 IMAGE = SIZES["vocab_size"] - 1
 CLIP: dict[str, Any] = {
@@ -122,15 +121,14 @@ def blind(folder: Path) -> Oracle:
 
 
 CASES = [
-    Case("llava_next", "of llama", llava_next(text("llama")), ORACLE, not_native=TORCH),
+    Case("llava_next", "of llama", llava_next(text("llama")), ORACLE),
     Case(
         "llava_next",
         "of mistral, two layers of the tower",
         llava_next(text("mistral", sliding_window=24), vision_feature_layer=[-2, 1], multimodal_projector_bias=False),
         ORACLE,
-        not_native=TORCH,
     ),
-    Case("idefics2", "of mistral", idefics2(text("mistral", sliding_window=None)), ORACLE, not_native=TORCH),
+    Case("idefics2", "of mistral", idefics2(text("mistral", sliding_window=None)), ORACLE),
     Case("idefics", "perceiver", idefics(), blind, not_native=CROSS),
     Case(
         "idefics",
