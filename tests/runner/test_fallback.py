@@ -134,6 +134,26 @@ def build(folder: Path, kind: Kind = "safetensors", **changes: Any) -> tuple[Loc
     return runner, info, said
 
 
+def test_what_the_model_cannot_compute_fails_alone(tmp_path: Path) -> None:
+    KINDS["olmo"](tmp_path)
+    prompts = [prompt_of(9, number) for number in range(3)]
+    prompts[1][4] = 159
+    engine, executor = engine_of(tmp_path, blocks=64, chunk=64)
+    call = executor._call
+
+    def failing(ids: torch.Tensor, *rest: Any) -> Any:
+        if ids.shape[1] > 1 and 159 in ids:
+            raise RuntimeError("no such token")
+        return call(ids, *rest)
+
+    executor._call = failing  # type: ignore[method-assign]
+    tokens, emissions = served(engine, prompts)
+    engine.stop()
+    assert [tokens[0], tokens[2]] == oracle(tmp_path, [prompts[0], prompts[2]])
+    assert [one.request_id for one in emissions if one.finish is Finish.FAILED] == [1]
+    assert next(one.error for one in emissions if one.error) == "RuntimeError in the model's code"
+
+
 def test_pytorchs_own_files_are_read_too(tmp_path: Path) -> None:
     KINDS["olmo"](tmp_path)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")

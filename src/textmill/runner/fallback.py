@@ -6,6 +6,7 @@ One sequence state per slot (a transformers cache) in place of paged keys and va
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from textmill.core import Sampled, SlotWork
 from textmill.runner.choosing import finish, wanted_count
 from textmill.runner.slots import SlotTables
 from textmill.weights.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 # The names under which transformers' models return what they keep of a sequence, and take it again.
 STATES = ("past_key_values", "cache_params", "state")
@@ -48,7 +51,7 @@ class HubExecutor:
 
     dtype = "float32"
     buffer_bytes = 0
-    progress_ns = 0
+    progress_ns = 0  # when the last item began
 
     def __init__(self, model: Any, max_slots: int, max_total_tokens: int, block_size: int) -> None:
         self.tables = SlotTables(max_slots, max_total_tokens, block_size)
@@ -63,7 +66,17 @@ class HubExecutor:
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
         for slot in [slot for slot in self._states if not self.tables.length[slot]]:
             del self._states[slot]  # released
-        return [finish(item, self._compute(item), self.tables) for item in work]
+        return [self._run_one(item) for item in work]
+
+    def _run_one(self, item: SlotWork) -> Sampled:
+        """An item that the model's code cannot compute fails alone."""
+        self.progress_ns = time.monotonic_ns()
+        try:
+            return finish(item, self._compute(item), self.tables)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            log.warning("transformers' model fails in slot %d", item.slot, exc_info=error)
+            self._states.pop(item.slot, None)
+            return Sampled(item.slot, None, error=f"{type(error).__name__} in the model's code")
 
     @torch.inference_mode()
     def _probe(self) -> tuple[str, bool]:
