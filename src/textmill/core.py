@@ -202,6 +202,16 @@ class RunnerLimits:
     encodes: bool = False
     sees: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the blocks can serve.
+
+        Where sequences leave blocks behind, one needs no more than its reach and two steps that are under way.
+        """
+        held = self.num_blocks * self.block_size
+        needed = self.reach + 2 * (self.max_step_tokens + self.block_size)
+        return self.max_total_tokens if self.reach and needed <= held else min(self.max_total_tokens, held)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:

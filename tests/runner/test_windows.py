@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,20 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.parity import EXECUTORS
 from tests.models.tiny import sized
-from textmill.core import Admission, RunnerLimits, Sampling, SlotWork, Step
+from textmill.core import Admission, Emission, Request, RunnerLimits, Sampling, SlotWork, Step
+from textmill.engine.engine import Engine
 from textmill.kernels.native import Program
 from textmill.kernels.spec import KEY_TILE, AttentionSpec
 from textmill.layers.memory import Memory
 from textmill.models.registry import build_model
 from textmill.runner.native_executor import NativeExecutor
-from textmill.runner.runner import Executor
+from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import open_checkpoint
 from textmill.weights.view import View
 
 BLOCK, TOTAL, WINDOW = 16, 320, 24
-POISON = 7  # a token whose embedding is infinite
+POISON = 7  # a token whose embedding is infinite; the model never chooses it
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sized("mistral", sliding_window=WINDOW)(path)
     tensors = load_file(path / "model.safetensors")
     tensors["model.embed_tokens.weight"][POISON] = torch.inf
+    tensors["lm_head.weight"][POISON] = 0.0
     save_file(tensors, path / "model.safetensors")
     return path
 
 
-def executor_for(folder: Path, kind: str) -> tuple[Executor, int]:
+def executor_for(folder: Path, kind: str, blocks: int = TOTAL // BLOCK + 1, slots: int = 2) -> tuple[Executor, int]:
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint.config, View(checkpoint))
-    blocks = TOTAL // BLOCK + 1
     if kind == "torch":
-        return TorchExecutor(model, 2, TOTAL, BLOCK, blocks), model.memory.reach
-    sizes = {"max_rows": 512, "max_slots": 2, "max_total_tokens": TOTAL, "block_size": BLOCK}
+        return TorchExecutor(model, slots, TOTAL, BLOCK, blocks), model.memory.reach
+    sizes = {"max_rows": 512, "max_slots": slots, "max_total_tokens": TOTAL, "block_size": BLOCK}
     program = Program(**sizes, vocab_size=checkpoint.config.vocab_size, kv_dtype="float32", threads=2)
     executor = NativeExecutor(model, program, "float32")
     program.allocate(blocks)
@@ -82,6 +84,54 @@ def test_freed_blocks_are_never_read(folder: Path, kind: str, chunks: tuple[int,
     assert not any(getattr(one, "error", "") for one in clean)
     executor, reach = executor_for(folder, kind)
     assert choices(executor, chunks, 100, reach, poisoned=True) == clean
+
+
+def served(
+    folder: Path, kind: str, blocks: int, prompts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], dict[str, float]]:
+    """Greedy tokens of all prompts at once through the whole engine, up to the longest sequence there can be."""
+    executor, reach = executor_for(folder, kind, blocks, len(prompts))
+    limits = RunnerLimits(BLOCK, blocks, len(prompts), 32, TOTAL, 160, reach)
+    engine = Engine(LocalRunner(executor, limits))
+    engine.start()
+    tokens: list[list[int]] = [[] for _ in prompts]
+    done = threading.Semaphore(0)
+
+    def sink(_step: int, emissions: Sequence[Emission]) -> None:
+        for one in emissions:
+            tokens[one.request_id] += [token.id for token in one.tokens]
+            if one.finish:
+                done.release()
+
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(number, tuple(prompt), TOTAL), sink)
+    assert all(done.acquire(timeout=100) for _ in prompts)
+    stats = engine.stats()
+    engine.stop()
+    return tokens, stats
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_a_row_that_is_not_finite_fails_alone(folder: Path, kind: str) -> None:
+    """Though the next step, launched before that shows, counts on its token."""
+    good = np.random.default_rng(2).integers(8, 150, 40).tolist()
+    alone, _ = served(folder, kind, 99, [good])
+    both, stats = served(folder, kind, 99, [good, [POISON] * 20])
+    assert both == [alone[0], []]
+    assert stats["requests_failed"] == 1
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_long_sequences_in_few_blocks(folder: Path, kind: str) -> None:
+    """Three that need 57 blocks, all of them once, in 27; then one in fewer than it has tokens."""
+    prompts = [np.random.default_rng(seed).integers(8, 150, 150 + seed).tolist() for seed in (0, 2, 3)]
+    roomy, _ = served(folder, kind, 99, prompts)
+    assert [len(prompt) + len(found) for prompt, found in zip(prompts, roomy, strict=True)] == [TOTAL] * 3
+    tight, stats = served(folder, kind, 27, prompts)
+    assert tight == roomy
+    assert stats["preemptions"] == 0
+    alone, _ = served(folder, kind, 12, prompts[:1])
+    assert alone == roomy[:1]
 
 
 def test_only_models_whose_every_layer_looks_back_a_window_leave_blocks() -> None:

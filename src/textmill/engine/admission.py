@@ -9,8 +9,7 @@ from textmill.core import Image, Request, RunnerLimits, Sampling
 
 def longest_total(limits: RunnerLimits, max_total_tokens: int | None = None) -> int:
     """The most tokens (prompt and output) one sequence may have: the model's, the setting's and the memory's bound."""
-    bounds = [limits.max_total_tokens, limits.num_blocks * limits.block_size]
-    return min(bounds if max_total_tokens is None else [*bounds, max_total_tokens])
+    return limits.longest if max_total_tokens is None else min(limits.longest, max_total_tokens)
 
 
 def refusal(request: Request, total: int, vocab_size: int, encodes: bool = False, sees: bool = False) -> str:

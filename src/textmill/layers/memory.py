@@ -40,9 +40,10 @@ class Memory:
         return max(windows) + KEY_TILE - 1 if windows and all(windows) else 0
 
     def limited(self, limits: RunnerLimits) -> RunnerLimits:
-        """The limits with what the engine must know of such a memory."""
+        """The limits with what the engine must know of such a memory, and sequences that blocks suffice for."""
         reach = self.reach if self.reach < limits.max_total_tokens else 0
-        return replace(limits, reach=reach, forward_only=self.forward_only, encodes=self.encodes, sees=self.sees)
+        limits = replace(limits, reach=reach, forward_only=self.forward_only, encodes=self.encodes, sees=self.sees)
+        return replace(limits, max_total_tokens=limits.longest)
 
     def bytes_per_token(self, element: int = 4) -> int:
         """Keys and values of one token in all layers."""

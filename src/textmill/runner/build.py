@@ -16,6 +16,7 @@ from textmill.kernels.dispatch import native_available
 from textmill.kernels.limits import machine_limits
 from textmill.kernels.rows import Unrecordable
 from textmill.layers.causal_lm import CausalLM
+from textmill.layers.memory import Memory
 from textmill.models.registry import build_model
 from textmill.runner.hub_model import load_hub_model, needs_hub_model
 from textmill.runner.memory import MIB, CachePlan, free_memory, plan_cache, slots_that_fit
@@ -51,7 +52,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
 
     `report(phase, message, **fields)` tells progress. Raises ConfigError or ModelError, whose text the user reads.
     """
-    if source.kind == "safetensors" and needs_hub_model(source.path):
+    if source.kind != "gguf" and needs_hub_model(source.path):
         return build_hub_runner(settings, source, report)
     started = time.perf_counter()
     native = uses_native(settings)
@@ -79,7 +80,7 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
             settings, model, c, shape, packed=False, native=False, unread_bytes=float_bytes(checkpoint)
         )
     report("load", "weights are in place", seconds=time.perf_counter() - started)
-    limits = model.memory.limited(limits_of(settings, c, shape, plan))
+    limits = limits_of(settings, c, shape, plan, model.memory)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     seconds = warm_up(executor, limits)
     check_all_read(checkpoint)
@@ -103,7 +104,7 @@ def build_hub_runner(settings: Settings, source: ModelSource, report: Report) ->
     executor = HubExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE)
     plan = sized(settings, shape, BLOCK_SIZE * bytes_per_token(c))
     report("load", "weights are in place; a state per sequence, nothing paged", seconds=time.perf_counter() - started)
-    limits = replace(limits_of(settings, c, shape, plan), forward_only=True)
+    limits = replace(limits_of(settings, c, shape, plan, Memory()), forward_only=True)
     report("memory", "memory plan", table=memory_table(executor, plan, limits))
     report("warmup", "first step done", seconds=warm_up(executor, limits))
     return LocalRunner(executor, limits), engine_info(settings, source, c, limits, executor.dtype)
@@ -231,18 +232,19 @@ def check_all_read(checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{len(unread)} tensors of the checkpoint are not used by this architecture: {shown} …")
 
 
-def limits_of(settings: Settings, c: ModelConfig, shape: Shape, plan: CachePlan) -> RunnerLimits:
-    total = min(shape.max_total_tokens, plan.tokens)
-    if settings.max_total_tokens and settings.max_total_tokens > total:
-        raise ConfigError(f"Not enough memory to handle `max_total_tokens={settings.max_total_tokens}`")
-    return RunnerLimits(
+def limits_of(settings: Settings, c: ModelConfig, shape: Shape, plan: CachePlan, memory: Memory) -> RunnerLimits:
+    limits = RunnerLimits(
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
         max_slots=shape.max_slots,
         max_step_tokens=shape.max_rows,
-        max_total_tokens=total,
+        max_total_tokens=shape.max_total_tokens,
         vocab_size=c.vocab_size,
     )
+    limits = memory.limited(limits)
+    if settings.max_total_tokens and settings.max_total_tokens > limits.max_total_tokens:
+        raise ConfigError(f"Not enough memory to handle `max_total_tokens={settings.max_total_tokens}`")
+    return limits
 
 
 def memory_table(executor: Executor, plan: CachePlan, limits: RunnerLimits) -> list[tuple[str, str]]:

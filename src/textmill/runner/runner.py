@@ -106,6 +106,8 @@ class LocalRunner:
             self._profiler.begin(sum(item.count for item in work))
         sampled = iter(self._compute(work) if work else ())
         answers = tuple(lost(item.slot) if item.slot in self._lost else next(sampled) for item in step.work)
+        # The step that is planned already counts on a token that a failed row did not bring.
+        self._lost.update(one.slot for one in answers if one.error)
         computed = self._executor.compute_seconds - computed
         if self._profiler is not None:
             self._profiler.end(computed)

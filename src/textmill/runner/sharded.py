@@ -61,7 +61,7 @@ def build_leader(
     executor = LeadingExecutor(part.model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE, cache.num_blocks, peers)
     executor.weight_bytes = build.float_bytes(part.checkpoint)
     report("load", "all ranks are there", seconds=time.perf_counter() - started)
-    limits = part.model.memory.limited(build.limits_of(settings, part.config, shape, cache))
+    limits = build.limits_of(settings, part.config, shape, cache, part.model.memory)
     report("memory", "memory plan of all ranks", table=build.memory_table(executor, cache, limits))
     seconds = warm_up(executor, limits)
     build.check_all_read(part.checkpoint)
@@ -85,7 +85,7 @@ def read_part(settings: Settings, source: ModelSource, rank: int, size: int) -> 
     """The model with a rank's part of the weights bound by name, and how much cache there is memory for."""
     if settings.kernels == "native":
         raise ConfigError("--kernels native: the native kernels do not exchange between ranks; --num-shard uses torch")
-    if source.kind == "safetensors" and needs_hub_model(source.path):
+    if source.kind != "gguf" and needs_hub_model(source.path):
         raise ConfigError(f"{source.path}: textmill has no file for this model_type; transformers runs it on one rank")
     torch.set_num_threads(max(1, (settings.cpu_threads or len(os.sched_getaffinity(0))) // size))
     checkpoint = open_checkpoint(source.path, dequantize=True)
