@@ -80,3 +80,14 @@ def test_a_hole_inside_the_window_is_no_hit() -> None:
     assert second is not None
     assert second.first is not None
     assert second.first.cached_tokens == 28
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_sequences_longer_than_the_cache(count: int, speculate: int) -> None:
+    engine = driver(10, speculate=speculate)  # 40 tokens
+    watched = [engine.arrive([*range(30), number, *range(50)], 100) for number in range(count)]
+    engine.finish()
+    assert all(one is not None and len(one.tokens) == 100 for one in watched)
+    tiny = driver(8)  # too few for a window and two steps: only what fits as a whole
+    assert tiny.arrive(range(33), 1) is None
