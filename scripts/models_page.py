@@ -1,8 +1,9 @@
 """Writes docs/models.md from what the parity tests measured: `scripts/models_page.py [results.jsonl]`.
 
 Without a file of results it runs the tests that record them first (TEXTMILL_PARITY names the file they write to).
-Each line of it is one JSON object with `family`, `variant` and some of: `file`, `executor`, `error`, `alone`,
-`together`, `preempted`, `ranks`, `gguf`, `not_native`, `no_prefix_cache`, `no_ranks` (see tests/models/parity.py).
+Each line of it (tests/models/parity.py writes them) is one JSON object with `family`, `variant` and some of: `file`,
+`executor`, `error`, `alone`, `together`, `preempted`, `ranks`, `gguf`, and reasons: `not_native`, `no_prefix_cache`,
+`no_ranks`, `no_gguf`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ model a reference in plain torch (`tests/models`).
 - **ranks**: one and two mean that two ranks compute the same.
 - **GGUF**: whether the family is read from GGUF files too, equal to the same oracle.
 - **file**: the model's file in `src/textmill/models`, and its lines.
+
+Two ropes differ from transformers on purpose, so that a position's angle never changes and what is cached stays right:
+
+- longrope turns by its long divisors from the first token on if the server allows sequences longer than the trained
+  length (transformers: once a sequence is longer, and then all of it anew);
+- a dynamic rope served beyond the trained length has the base of the longest sequence allowed (transformers: of the
+  current one). With `--max-total-tokens` up to the trained length both are what transformers has for short sequences.
 """
+WHY = "What a row lacks, and why:"
 COLUMNS = ("family", "variant", "error", "tokens", "kernels", "ranks", "GGUF", "file")
 Case = dict[str, Any]
 
@@ -84,7 +93,7 @@ def page(cases: list[Case]) -> str:
         f"{families} families in {len(files)} files of {sum(lines)} lines (the longest has {max(lines, default=0)})."
     )
     reasons = reasons_of(cases)
-    return "\n".join([HEAD, *rows, "", total, *([""] if reasons else []), *reasons, ""])
+    return "\n".join([HEAD, *rows, "", total, *(["", WHY, ""] if reasons else []), *reasons, ""])
 
 
 def cells_of(case: Case) -> tuple[str, ...]:
@@ -111,7 +120,12 @@ def tokens_of(seen: dict[str, set[Any]]) -> str:
 
 def reasons_of(cases: list[Case]) -> list[str]:
     """Why something is not so, once for each family, with the variants if it is not so in these alone."""
-    said = {"not_native": "no native kernels", "no_prefix_cache": "no prefix cache", "no_ranks": "one rank only"}
+    said = {
+        "not_native": "no native kernels",
+        "no_prefix_cache": "no prefix cache",
+        "no_ranks": "one rank only",
+        "no_gguf": "not in GGUF files",
+    }
     variants: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for case in cases:
         for name, what in said.items():
@@ -120,7 +134,7 @@ def reasons_of(cases: list[Case]) -> list[str]:
     out = []
     for (family, what, reason), found in sorted(variants.items()):
         every = len(found) == sum(case["family"] == family for case in cases)
-        where = "" if every else " (" + ", ".join(found) + ")"
+        where = "" if every else " (" + "; ".join(found) + ")"
         out.append(f"- {family}{where}: {what}: {reason}")
     return out
 
