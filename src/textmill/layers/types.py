@@ -33,10 +33,11 @@ class Stored(Protocol):
 class Encoder(Protocol):
     """A vision tower: pixels [tiles, 3, height, width] and the picture's (height, width) to features [tokens, columns].
 
-    ValueError for pixels that it cannot read.
+    `tick` is called after each part of the work, which may take seconds. ValueError or RuntimeError for pixels that it
+    cannot read.
     """
 
-    def __call__(self, pixels: Tensor, size: tuple[int, int], /) -> Tensor: ...
+    def __call__(self, pixels: Tensor, size: tuple[int, int], tick: Callable[[], None], /) -> Tensor: ...
 
 
 class EncoderContext(Protocol):

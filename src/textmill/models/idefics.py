@@ -15,7 +15,7 @@ from textmill.layers.mlp import GatedMLP
 from textmill.layers.norm import RMSNorm
 from textmill.layers.types import Context, Hidden
 from textmill.models.registry import build_model
-from textmill.models.vision import ClipTower, Dense, Later, Norm, RootNorm, SeeingLM, attend, section, tensor
+from textmill.models.vision import ClipTower, Dense, Later, Norm, RootNorm, SeeingLM, Tick, attend, section, tensor
 from textmill.weights.config import ModelConfig
 from textmill.weights.part import Part
 from textmill.weights.view import View
@@ -74,8 +74,8 @@ class Encoder:
             (Dense(one / "k_proj"), head_norm(c, one, "k_layer_norm"), Dense(one / "v_proj")) for one in cross
         ]
 
-    def __call__(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        *_, x = self.tower.states(pixels)
+    def __call__(self, pixels: Tensor, size: tuple[int, int], tick: Tick) -> Tensor:
+        *_, x = self.tower.states(pixels, tick)
         if self.latents is not None and self.norm is not None:
             context, x = x, self.latents[None]
             for block in self.perceiver:

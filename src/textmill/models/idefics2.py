@@ -13,6 +13,7 @@ from textmill.models.vision import (
     RootNorm,
     SeeingLM,
     SiglipTower,
+    Tick,
     activation,
     attend,
     embedding_pictures,
@@ -91,8 +92,8 @@ class Encoder:
         ]
         self.norm = RootNorm(resampler / "norm", eps)
 
-    def __call__(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        context = self.projection(self.tower(pixels))
+    def __call__(self, pixels: Tensor, size: tuple[int, int], tick: Tick) -> Tensor:
+        context = self.projection(self.tower(pixels, tick))
         x = self.latents.expand(len(pixels), -1, -1)
         for block in self.blocks:
             x = block(x, context)

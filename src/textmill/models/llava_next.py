@@ -10,7 +10,7 @@ from torch import Tensor
 from textmill.errors import ModelError
 from textmill.images.grids import best_grid, grid_choices, unpadded
 from textmill.models.registry import build_model
-from textmill.models.vision import ClipTower, Dense, SeeingLM, activation, embedding_pictures, section, tensor
+from textmill.models.vision import ClipTower, Dense, SeeingLM, Tick, activation, embedding_pictures, section, tensor
 from textmill.weights.config import ModelConfig
 from textmill.weights.part import Part, text_config
 from textmill.weights.view import View
@@ -51,8 +51,8 @@ class Encoder:
         self.patches = clip["image_size"] // clip["patch_size"]
         self.pinpoints = grid_choices(c.raw)
 
-    def __call__(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        states = list(self.tower.states(pixels))
+    def __call__(self, pixels: Tensor, size: tuple[int, int], tick: Tick) -> Tensor:
+        states = list(self.tower.states(pixels, tick))
         # Without the class token.
         seen = torch.cat([states[layer][:, 1:] for layer in self.wanted], dim=-1)
         features = self.down(self.activation(self.up(seen)))

@@ -20,6 +20,7 @@ from textmill.layers.types import Context, Encoder, Hidden
 from textmill.weights.config import ModelConfig
 from textmill.weights.view import View
 
+Tick = Callable[[], None]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -123,7 +124,7 @@ class ClipTower:
         for i in range(depth, layers):
             w.leave_out(f"encoder.layers.{i}")
 
-    def states(self, pixels: Tensor) -> Iterator[Tensor]:
+    def states(self, pixels: Tensor, tick: Tick) -> Iterator[Tensor]:
         """After the embeddings and after each block: [tiles, 1 + patches, columns]."""
         patches = F.conv2d(pixels, self.patches, stride=self.patches.shape[-1]).flatten(2).transpose(1, 2)
         first = self.class_token.expand(len(patches), 1, -1)
@@ -131,6 +132,7 @@ class ClipTower:
         yield x
         for block in self.blocks:
             x = block(x)
+            tick()
             yield x
 
 
@@ -148,7 +150,7 @@ class SiglipTower:
         self.blocks = [EncoderBlock(w / "encoder" / "layers" / i, heads, hidden_act, eps) for i in range(layers)]
         self.norm = Norm(w / "post_layernorm", eps)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, tick: Tick) -> Tensor:
         """Pixels [tiles, 3, height, width] of at least one patch to [tiles, patches, columns]."""
         x = F.conv2d(pixels, self.patches, self.bias, stride=self.patches.shape[-1])
         side = round(len(self.positions) ** 0.5)
@@ -156,6 +158,7 @@ class SiglipTower:
         x = x.flatten(2).transpose(1, 2) + self.positions[(rows[:, None] * side + columns).flatten()]
         for block in self.blocks:
             x = block(x)
+            tick()
         return self.norm(x)
 
 
@@ -167,7 +170,7 @@ def places(count: int, side: int) -> Tensor:
 
 
 class Later:
-    """An encoder that reads its weights when it is first wanted: a recording has no use for them."""
+    """An encoder that reads its weights when it is first wanted, so not for a recording that fails before."""
 
     def __init__(self, build: Callable[[], Encoder]) -> None:
         self._build = build

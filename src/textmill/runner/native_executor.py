@@ -61,8 +61,6 @@ class Recorder:
 class NativeExecutor:
     """Runs a recorded model; the program owns the slot tables, the key/value cache and the sampler."""
 
-    progress_ns = 0
-
     def __init__(self, model: CausalLM, program: Program, dtype: str) -> None:
         """Records the model; raises Unrecordable."""
         recorder = Recorder(program)
@@ -104,6 +102,11 @@ class NativeExecutor:
             place += 1 + len(item.draft)
         return out
 
+    @property
+    def progress_ns(self) -> int:
+        """An image may take the tower seconds."""
+        return 0 if self._seeing is None else self._seeing.progress_ns
+
     def placed(self, work: Sequence[SlotWork]) -> Placed | None:
         """The features of images that stand in rows of the work."""
         return None if self._seeing is None else self._seeing.placed(work)
@@ -128,6 +131,10 @@ class Seeing:
         self._pictures = Pictures(program.images)
         self._encoder = encoder
         self._columns = columns
+
+    @property
+    def progress_ns(self) -> int:
+        return self._pictures.progress_ns
 
     def placed(self, work: Sequence[SlotWork]) -> Placed | None:
         if not self._images:

@@ -26,7 +26,7 @@ class Pictures:
     def __init__(self, shown: dict[int, tuple[Image, ...]]) -> None:
         self._shown = shown
         self._features: dict[bytes, Tensor] = {}
-        self.encoded_ns = 0  # when the last one was done
+        self.progress_ns = 0  # when an encoder last got on
 
     def place(self, x: Tensor, work: Work, encoder: Encoder) -> Tensor:
         """x [rows, columns] with features in the rows that stand for images."""
@@ -78,13 +78,15 @@ class Pictures:
         if known is None:
             self._forget()
             try:
-                known = encoder(normalised(image), image.size)
+                known = encoder(normalised(image), image.size, self._tick)
             except (RuntimeError, ValueError):
                 log.exception("an image of shape %s could not be encoded", image.shape)
                 known = torch.empty(0)
             self._features[image.digest] = known
-            self.encoded_ns = time.monotonic_ns()
         return known
+
+    def _tick(self) -> None:
+        self.progress_ns = time.monotonic_ns()
 
     def _forget(self) -> None:
         """Drop what no running sequence shows any more."""

@@ -106,7 +106,7 @@ class TorchExecutor:
     @property
     def progress_ns(self) -> int:
         """An image may take the tower seconds."""
-        return self._pictures.encoded_ns
+        return self._pictures.progress_ns
 
     @torch.inference_mode()
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
