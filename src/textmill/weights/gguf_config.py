@@ -17,6 +17,7 @@ from textmill.weights.gguf_names import Family, family_of
 
 Raw = dict[str, Any]
 _F32 = 0
+ALIBI_LAYERS = 40  # of the one family whose larger model has ALiBi
 
 
 class Metadata(Fields):
@@ -248,7 +249,7 @@ def t5(m: Metadata, raw: Raw) -> Raw:
 
 def baichuan(m: Metadata, raw: Raw) -> Raw:
     """llama.cpp, too, knows by the number of layers which has rotary positions (7B) and which ALiBi (13B)."""
-    if raw["num_hidden_layers"] != 40:
+    if raw["num_hidden_layers"] != ALIBI_LAYERS:
         return {}
     return {"model_max_length": raw.pop("max_position_embeddings")}
 
