@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -139,6 +140,23 @@ async def test_refused(
 async def test_too_many_images(client: httpx.AsyncClient, seeing: RouterState) -> None:
     answer = await client.post("/generate", json={"inputs": "![](data:,)" * 33})
     assert answer.json()["error"] == "Input validation error: `inputs` has 33 images: the limit is 32"
+
+
+async def test_images_that_take_too_long_together(
+    client: httpx.AsyncClient, seeing: RouterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(url: str) -> bytes:
+        await asyncio.sleep(0.1)
+        return encoded(picture(20, 30))
+
+    assert seeing.sight is not None
+    monkeypatch.setattr(seeing.sight._fetcher, "fetch", slow)
+    monkeypatch.setattr(seeing.sight, "_seconds", 0.25)
+    answer = await client.post("/generate", json={"inputs": "![](https://images.example.org/a)" * 32})
+    assert answer.json()["error"] == "Input validation error: the images of `inputs` took longer than 0.25 s"
+    monkeypatch.setattr(seeing.sight, "_seconds", 60.0)
+    answer = await client.post("/generate", json={"inputs": "![](https://images.example.org/a)"})
+    assert answer.status_code == 200
 
 
 async def test_image_tokens_in_the_text_are_refused(client: httpx.AsyncClient, seeing: RouterState) -> None:

@@ -9,4 +9,5 @@ MOST_PREPARED_BYTES = 32 << 20  # of one request's tiles, on their way to the en
 MEMORY_BYTES = 2 << 30  # of the decoding process
 CPU_SECONDS = 10  # of the decoding process, a picture
 SECONDS = 15.0  # to decode a picture, by the clock
+REQUEST_SECONDS = 60.0  # to fetch and decode all pictures of a request
 FETCH_SECONDS = 10.0  # to fetch a picture, from the first packet to the last

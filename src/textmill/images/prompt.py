@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
@@ -13,7 +14,7 @@ from textmill.errors import InvalidRequest
 from textmill.images.address import shortened
 from textmill.images.decoder import Decoder, Tiles
 from textmill.images.fetch import Fetcher
-from textmill.images.limits import MOST_BYTES, MOST_IMAGES, MOST_PREPARED_BYTES
+from textmill.images.limits import MOST_BYTES, MOST_IMAGES, MOST_PREPARED_BYTES, REQUEST_SECONDS
 from textmill.images.recipe import Recipe
 
 MARKDOWN = re.compile(r"!\[\]\(([^)]*)\)")
@@ -42,7 +43,9 @@ class Sight:
         decoder: Decoder,
         fetcher: Fetcher,
         end_id: int | None = None,
+        seconds: float = REQUEST_SECONDS,
     ) -> None:
+        self._seconds = seconds
         self._end_id = end_id if recipe.strips else None
         self.recipe = recipe
         self.token = token
@@ -52,12 +55,21 @@ class Sight:
 
     async def look(self, text: str) -> Shown:
         """Fetches and decodes the pictures of a prompt. Raises InvalidRequest."""
-        pieces = MARKDOWN.split(text)  # text, address, text, address, ..., text
+        pieces = MARKDOWN.split(text)
         addresses = pieces[1::2]
         if len(addresses) > MOST_IMAGES:
             raise InvalidRequest(f"`inputs` has {len(addresses)} images: the limit is {MOST_IMAGES}")
         if not addresses:
             return Shown(text)
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._shown(pieces)
+        except TimeoutError:
+            raise InvalidRequest(f"the images of `inputs` took longer than {self._seconds:g} s") from None
+
+    async def _shown(self, pieces: list[str]) -> Shown:
+        """Of text, address, text, address, ..., text."""
+        addresses = pieces[1::2]
         tiles: list[Tiles] = []
         words = [pieces[0]]
         for number, (address, following) in enumerate(zip(addresses, pieces[2::2], strict=True), 1):
