@@ -16,13 +16,16 @@ from tests.models.test_packed_gguf import write
 from tests.models.tiny import sized
 from tests.parallel.pair import Pair
 from textmill.config import Settings
-from textmill.core import Admission, Image, Sampling, SlotWork, Step
+from textmill.core import Admission, Image, RunnerLimits, Sampling, SlotWork, Step
 from textmill.errors import ConfigError, ModelError
 from textmill.kernels.native import Program
 from textmill.kernels.rows import Rows, Unrecordable
 from textmill.models.registry import build_model
+from textmill.parallel.group import RankLost
 from textmill.parallel.processes import Ranks
 from textmill.runner.orders import Channel, Failure, Order, Plan
+from textmill.runner.ranks import LeadingExecutor
+from textmill.runner.runner import LocalRunner
 from textmill.runner.sharded import agreed, read_part
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
@@ -31,7 +34,6 @@ from textmill.weights.source import ModelSource
 from textmill.weights.view import View
 
 SIZES = (4, TOTAL, BLOCK, 64)
-ROOT = Path(__file__).parents[2]
 
 PARTNER = """
 import sys, time
@@ -147,35 +149,50 @@ def greedy_tokens(executor: TorchExecutor, slot: int, start: int, count: int, *,
     return tokens
 
 
-LOSING = """
-import sys, time
-from pathlib import Path
-from tests.models.parity import admit
-from tests.parallel.pair import Pair
-from textmill.core import SlotWork
-from textmill.parallel.group import RankLost
-folder = Path(sys.argv[1])
-pair = Pair(folder)
-executor = pair.executor(folder / "model", (4, 192, 16, 64))
-admit(executor, 0, [5, 6, 7])
-assert executor.run([SlotWork(0, 0, 3, True)])[0].token is not None
-pair.process.kill()
-pair.process.wait()
-for _ in range(2):
-    started = time.monotonic()
-    try:
-        executor.run([SlotWork(0, 3, 1, True)])
-    except RankLost:
-        print("lost", time.monotonic() - started < 2)
-"""
-
-
 def test_a_group_that_lost_a_rank_stays_lost(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    sized("llama")(tmp_path / "model")
-    command = [sys.executable, "-c", LOSING, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
-    assert done.stdout.splitlines() == ["lost True"] * 2, done.stderr
+    sized("llama")(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    ours, theirs = socket.socketpair()
+    model = build_model(checkpoint.config, View(checkpoint, group=Ranks(0, 2)))
+    executor = LeadingExecutor(model, *SIZES, [Channel(ours)])
+    runner = LocalRunner(executor, RunnerLimits(BLOCK, 64, 4, 64, TOTAL, 160))
+    theirs.close()
+    for number in range(2):
+        work = (SlotWork(0, 0, 2, True),)
+        runner.submit(Step(number, work, (Admission(0, (5, 6), Sampling()),), (), ((0, 0, (number,)),)))
+        with pytest.raises(RankLost, match="another rank takes no messages"):
+            runner.collect()
+        assert not runner.alive
+    runner.close()
+    ours.close()
+
+
+def test_a_rank_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others say that they miss one, too; rank 2 is silent."""
+    sized("llama")(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    ends = [socket.socketpair() for _ in range(3)]
+    group = Ranks(0, 4)
+
+    def hears_nothing(_x: object) -> object:
+        raise RankLost("rank 0 hears nothing")
+
+    monkeypatch.setattr(group, "all_reduce", hears_nothing)
+    model = build_model(checkpoint.config, View(checkpoint, group=group))
+    executor = LeadingExecutor(model, *SIZES, [Channel(ours) for ours, _ in ends])
+    admit(executor, 0, [5, 6])
+    for rank in (1, 3):
+        Channel(ends[rank - 1][1]).send(Failure("hears nothing"))
+    with pytest.raises(RankLost, match="rank 2 does not answer"):
+        executor.run([SlotWork(0, 0, 2, True)])
+    for end in (end for pair in ends for end in pair):
+        end.close()
+
+
+def test_heads_that_do_not_divide_are_named_at_the_start(tmp_path: Path) -> None:
+    sized("llama")(tmp_path)
+    with pytest.raises(ConfigError, match=r"4 attention heads with 2 key/value heads .* over 3 ranks; .* be 1, 2, 4$"):
+        read_part(Settings(), ModelSource("m", tmp_path, "safetensors", ""), 0, 3)
 
 
 def test_a_gguf_file_as_floats_on_two_ranks(tmp_path: Path, pair: Pair) -> None:
