@@ -113,7 +113,11 @@ def test_packed_matrices_are_those_of_the_float_path(case: Case, tmp_path: Path)
     found = {name: matrix for name in packed.names() if isinstance(matrix := packed.matrix(name), Packed)}
     assert len(found) > 8
     for name, matrix in found.items():
-        assert np.array_equal(matrix.dequantize(), floats.matrix(name)), name
+        whole = floats.matrix(name)
+        assert np.array_equal(matrix.dequantize(), whole), name
+        half, some = range(len(whole) // 2, len(whole)), np.arange(0, len(whole), 3)[::-1].copy()  # as ranks read
+        assert np.array_equal(packed.matrix(name, half).dequantize(), whole[half.start :]), name
+        assert np.array_equal(packed.matrix(name, some, range(32)).dequantize(), whole[some, :32]), name
     prompt = torch.randint(3, 160, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     program = Program(max_rows=64, max_slots=1, max_total_tokens=TOTAL, vocab_size=160, kv_dtype="float32")
     executor = NativeExecutor(build_model(packed.config, View(packed)), program, "packed")

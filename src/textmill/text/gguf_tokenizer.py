@@ -173,7 +173,7 @@ def cleaning(vocabulary: _Vocabulary) -> list[normalizers.Normalizer]:
             steps.append(normalizers.Precompiled(bytes(number & 0xFF for number in charsmap)))
         except Exception as error:  # the Rust library raises plain Exception
             raise vocabulary.fail("precompiled_charsmap", str(error)[:200]) from error
-    if vocabulary.switch("remove_extra_whitespaces", bool(charsmap)):
+    if vocabulary.switch("remove_extra_whitespaces", False):
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     return steps
 
