@@ -113,8 +113,9 @@ def table(work: Work, limits: MachineLimits, packed: bool) -> list[str]:
 
 
 def line(kernel: OperationProfile, work: Work, limits: MachineLimits, packed: bool) -> tuple[str, ...]:
-    """One kernel's cells. Products of a packed model multiply bytes, attention multiplies floats."""
-    peak = limits.byte_gmac_s if packed and kernel.name.startswith("matmul") else limits.float_gmac_s
+    """One kernel's cells. Products of a packed model, also those of experts, multiply bytes, attention floats."""
+    bytewise = packed and kernel.name.startswith(("matmul", "experts"))
+    peak = limits.byte_gmac_s if bytewise else limits.float_gmac_s
     seconds = kernel.seconds or 1e-9
     read, macs = kernel.bytes / seconds / 1e9, kernel.macs / seconds / 1e9
     return (
