@@ -35,6 +35,13 @@ def without_prefix(tensors: Tensors) -> Tensors:
     return {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
+def with_copies(tensors: Tensors) -> Tensors:
+    """T5's first files: the word table once per stack, too, and a bias by distance that nothing reads."""
+    copies = {f"{stack}.embed_tokens.weight": tensors["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    return tensors | copies | {unread: torch.ones(16, 4), "lm_head.weight": tensors["shared.weight"].clone()}
+
+
 def with_masks(tensors: Tensors) -> Tensors:
     """GPT-2's first files: no prefix, and each layer's mask among the weights."""
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in range(2)}

@@ -11,8 +11,17 @@ import torch
 from transformers import AutoConfig
 
 from tests.models.cases.layer_norm import bloom, falcon, gpt2, opt
+from tests.models.cases.state import t5
 from tests.models.parity import admit
-from tests.models.respelled import older_rope, renamed, respelled, with_frequencies, with_masks, without_prefix
+from tests.models.respelled import (
+    older_rope,
+    renamed,
+    respelled,
+    with_copies,
+    with_frequencies,
+    with_masks,
+    without_prefix,
+)
 from tests.models.tiny import Make, sized
 from textmill.core import SlotWork
 from textmill.errors import ModelError
@@ -39,6 +48,11 @@ SPELLINGS: dict[str, Make] = {
         tensors=without_prefix,
         config=renamed({"hidden_size": "n_embed"}, "apply_residual_connection_post_layernorm"),
     ),
+    "t5 of old": respelled(
+        t5(),
+        tensors=with_copies,
+        config=renamed({}, "scale_decoder_outputs", "tie_word_embeddings", "feed_forward_proj", "num_decoder_layers"),
+    ),
     "opt's own": respelled(opt(), tensors=without_prefix),
     "RefinedWebModel": respelled(falcon(), config=renamed(FALCON, *NEW_TO_FALCON, model_type="RefinedWebModel")),
     "RefinedWeb": respelled(
@@ -46,7 +60,7 @@ SPELLINGS: dict[str, Make] = {
         config=renamed(FALCON, *NEW_TO_FALCON, "multi_query", "parallel_attn", model_type="RefinedWeb"),
     ),
 }
-FAMILIES = ["bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "phi", "starcoder2"]
+FAMILIES = ["bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "phi", "starcoder2", "t5"]
 # Sizes and ends, which no file leaves out.
 SAID = {
     *("model_type", "vocab_size", "bos_token_id", "eos_token_id", "hidden_size", "n_embd", "d_model"),

@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Raw] = {
     "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 8192},
     "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 131072},
     "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192},
-    "t5": {"layer_norm_epsilon": 1e-6, "feed_forward_proj": "relu", "num_layers": 6, "d_kv": 64},
+    "t5": {"feed_forward_proj": "relu", "num_layers": 6, "num_heads": 8, "d_kv": 64, "d_ff": 2048},
     "mamba": {"layer_norm_epsilon": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 1},
 }
 DEFAULTS["RefinedWeb"] = DEFAULTS["RefinedWebModel"] = DEFAULTS["falcon"]
