@@ -166,6 +166,20 @@ def test_batches_equal_single_sequences(spans: list[tuple[int, int]]) -> None:
 SHARED = Case(window=300)
 
 
+def test_a_long_context_among_short_ones_is_shared_by_the_threads() -> None:
+    case = Case()
+    native.set_threads(2)
+    p = case.program(slots=8)
+    starts = [1200, *range(10, 17)]
+    for slot, start in enumerate(starts):
+        p.logits(work((slot, 0, start, 0)))
+    items = [(slot, start, 1, 0) for slot, start in enumerate(starts)]
+    batch = p.logits(work(*items), every_row=True)
+    native.set_threads(1)
+    assert np.array_equal(batch, np.concatenate([p.logits(work(item), every_row=True) for item in items]))
+    native.set_threads(0)
+
+
 def test_what_other_sequences_left_in_a_block_is_never_read() -> None:
     case = Case()
     case.table[7] = float("nan")

@@ -35,12 +35,15 @@ struct AttentionTask {
 struct AttentionPlan {
   std::vector<AttentionTile> tiles;
   std::vector<AttentionTask> tasks;  // parts of one tile stand side by side, in order
+  std::vector<int64_t> chunks;       // first units of the threads' chunks, then the number of units
   int32_t counters = 0;              // tiles that have parts
   int64_t partials = 0;
+  int64_t partial_vectors = 0;  // at most, of a tile that has parts
   int64_t keys = 0;  // sum over query rows of keys looked at, for the profile
 };
 
-// Fills `plan` anew. `threads`: long contexts are split when there are too few tiles to keep them busy.
+// Fills `plan` anew. A unit is a task for one kv head, task by task. Tiles that would keep one of `threads` busy for long
+// are split; chunks are units of about equal work.
 void plan_attention(const AttentionSpec& spec, const std::vector<PlacedItem>& items, int threads, AttentionPlan* plan);
 
 }  // namespace textmill

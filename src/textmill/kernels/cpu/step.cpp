@@ -94,7 +94,7 @@ void Step::prepare(int threads) {
     const int64_t vectors = query_vectors(spec);
     const int64_t own = partial_floats(vectors, spec.dim());
     scratch = std::max(scratch, own + attend_scratch_floats(vectors, spec.dim()));
-    partials = std::max(partials, plans_[i].partials * own);
+    partials = std::max(partials, plans_[i].partials * partial_floats(plans_[i].partial_vectors, spec.dim()));
     counters = std::max(counters, plans_[i].counters * static_cast<int32_t>(spec.kv_heads));
   }
   partials_.resize(static_cast<size_t>(partials));

@@ -64,6 +64,7 @@ class Step final : public Job {
   AttendTask attend_task(const Op& op, int64_t unit) const;
   void run_attention(const Op& op, uint32_t chunk, int thread);
   void run_unit(const Op& op, int64_t unit, const AttendTask& call, int thread);
+  Partial partial_of(const AttentionPlan& plan, const AttentionSpec& spec, int64_t index);
   void finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head);
   void sort_by_expert(const Experts& experts);
   uint32_t cut_experts(const Experts& experts, bool down);

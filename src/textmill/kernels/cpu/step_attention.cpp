@@ -11,11 +11,7 @@ uint32_t Step::begin_attention() {
   if (phase_ > 1) return 0;
   const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
   for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
-  const int64_t units = static_cast<int64_t>(plan.tasks.size()) * op.attention.kv_heads;
-  // Single rows are soon done: a thread takes several, and fetches the next one's keys while it works on one.
-  const bool single = rows() < 2 * static_cast<int64_t>(plan.tiles.size());
-  grain_ = single ? std::max<int64_t>(1, units / (threads_ * 8)) : 1;
-  return static_cast<uint32_t>((units + grain_ - 1) / grain_);
+  return static_cast<uint32_t>(plan.chunks.size() - 1);
 }
 
 void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
@@ -60,15 +56,16 @@ AttendTask Step::attend_task(const Op& op, int64_t unit) const {
 
 void Step::run_attention(const Op& op, uint32_t chunk, int thread) {
   const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
-  const int64_t units = static_cast<int64_t>(plan.tasks.size()) * op.attention.kv_heads;
-  const int64_t begin = chunk * grain_, end = std::min(begin + grain_, units);
+  const int64_t begin = plan.chunks[chunk], end = plan.chunks[chunk + 1];
+  // The other threads probably take the chunks in between.
+  const size_t later = chunk + static_cast<size_t>(threads_);
+  const int64_t after = later + 1 < plan.chunks.size() ? plan.chunks[later] : -1;
   AttendTask call = attend_task(op, begin);
   for (int64_t unit = begin; unit < end; ++unit) {
-    // The other threads probably take the chunks in between.
-    const int64_t next = unit + 1 < end ? unit + 1 : unit + 1 + grain_ * (threads_ - 1);
+    const int64_t next = unit + 1 < end ? unit + 1 : after;
     AttendTask following;
-    if (next < units) following = attend_task(op, next);
-    call.next = next < units ? &following : nullptr;
+    if (next >= 0) following = attend_task(op, next);
+    call.next = next >= 0 ? &following : nullptr;
     run_unit(op, unit, call, thread);
     call = following;
   }
@@ -89,16 +86,21 @@ void Step::run_unit(const Op& op, int64_t unit, const AttendTask& call, int thre
                       program_.value(op.out).stride);
     return;
   }
-  vector_.attend(spec, call, partial_at(partials_.data() + (task.partial + head) * own, vectors), scratch);
+  vector_.attend(spec, call, partial_of(plan, spec, task.partial + head), scratch);
   std::atomic<int32_t>& done = counters_[static_cast<size_t>(task.counter * spec.kv_heads + head)];
   if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.parts) finish_parts(op, task, tile, head);
 }
 
+Partial Step::partial_of(const AttentionPlan& plan, const AttentionSpec& spec, int64_t index) {
+  const int64_t own = partial_floats(plan.partial_vectors, spec.dim());
+  return partial_at(partials_.data() + index * own, plan.partial_vectors);
+}
+
 void Step::finish_parts(const Op& op, const AttentionTask& task, const AttentionTile& tile, int64_t head) {
   const AttentionSpec& spec = op.attention;
-  const int64_t vectors = query_vectors(spec), own = partial_floats(vectors, spec.dim());
+  const AttentionPlan& plan = plans_[static_cast<size_t>(op.plan)];
   const int64_t first = task.partial - task.part * spec.kv_heads + head;
-  const auto part = [&](int64_t i) { return partial_at(partials_.data() + (first + i * spec.kv_heads) * own, vectors); };
+  const auto part = [&](int64_t i) { return partial_of(plan, spec, first + i * spec.kv_heads); };
   for (int32_t i = 1; i < task.parts; ++i) vector_.merge(part(0), part(i), tile.rows * spec.group(), spec.dim());
   vector_.normalize(spec, part(0), tile.rows, value_row(op.out, tile.row) + head * spec.group() * spec.head_dim,
                     program_.value(op.out).stride);
