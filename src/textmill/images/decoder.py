@@ -34,7 +34,8 @@ class Tiles:
 class Decoder:
     """One child process, started by the first picture; one picture at a time. Errors are for the client."""
 
-    def __init__(self, recipe: Recipe, seconds: float = SECONDS) -> None:
+    def __init__(self, recipe: Recipe, seconds: float = SECONDS, most_bytes: int = MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
         self._recipe = recipe.to_json()
         self._seconds = seconds
         self._process: Process | None = None
@@ -42,7 +43,7 @@ class Decoder:
 
     async def tiles(self, name: str, data: bytes) -> list[Tiles]:
         """The parts of a picture. `name` is what errors call it. Raises InvalidRequest."""
-        header = accepted(name, data)
+        header = accepted(name, data, self._most_bytes)
         async with self._turn:
             try:
                 async with asyncio.timeout(self._seconds):
@@ -94,11 +95,11 @@ def environment() -> dict[str, str]:
     return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def accepted(name: str, data: bytes) -> Header:
+def accepted(name: str, data: bytes, most_bytes: int = MOST_BYTES) -> Header:
     """The header of a picture that may be decoded; raises InvalidRequest, and nothing has been decoded."""
-    if len(data) > MOST_BYTES:
+    if len(data) > most_bytes:
         raise InvalidRequest(
-            f"invalid image: Image size {len(data)} bytes exceeds maximum allowed size of {MOST_BYTES} bytes: {name}"
+            f"invalid image: Image size {len(data)} bytes exceeds maximum allowed size of {most_bytes} bytes: {name}"
         )
     header = read_header(data)
     if header is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MOST_IMAGES = 32  # of one request
-MOST_BYTES = 20 << 20  # of one picture as it comes; a request's body has its own limit
+MOST_BYTES = 20 << 20  # of one picture as it comes, unless more may be fetched; a request's body has its own limit
 MOST_PIXELS = 32 << 20
 MOST_PREPARED_BYTES = 32 << 20  # of one request's tiles, on their way to the engine
 MEMORY_BYTES = 2 << 30  # of the decoding process

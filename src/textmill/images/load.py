@@ -10,6 +10,7 @@ from textmill.errors import ModelError
 from textmill.images.address import hosts
 from textmill.images.decoder import Decoder
 from textmill.images.fetch import Fetcher
+from textmill.images.limits import MOST_BYTES
 from textmill.images.prompt import Sight
 from textmill.images.recipe import recipe_of
 from textmill.weights.config import read_json
@@ -39,7 +40,8 @@ def load_sight(folder: Path, vocabulary: Vocabulary, settings: Settings, end: st
         raise ModelError(f"{folder}: the tokenizer has no token that stands for images")
     fetcher = Fetcher(hosts(settings.allow_remote_images), settings.max_image_fetch_size)
     end_id = None if end is None else vocabulary.token_to_id(end)
-    return Sight(recipe, token, token_id, Decoder(recipe), fetcher, end_id)
+    decoder = Decoder(recipe, most_bytes=max(MOST_BYTES, settings.max_image_fetch_size))
+    return Sight(recipe, token, token_id, decoder, fetcher, end_id)
 
 
 def processor_files(folder: Path) -> dict[str, Any]:
