@@ -80,6 +80,7 @@ class Slot:
     digests: list[int]
     blocks: list[int] = field(default_factory=list)
     lost: bool = False  # it had a row in a step that raised
+    moved: int = 0  # tokens that its state has moved on by, if it has one
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
@@ -185,6 +186,10 @@ class ScriptedRunner:
             raise WrongStep(f"{work} has guesses but does not sample")
         if end > min(len(slot.blocks) * self.limits.block_size, self.limits.max_total_tokens):
             raise WrongStep(f"{work} with {len(slot.blocks)} blocks")
+        if self.limits.forward_only:
+            if work.start != slot.moved or work.draft:
+                raise WrongStep(f"{work} with a state after {slot.moved} tokens")
+            slot.moved = end
         logprobs = self._prompt_logprobs(slot, work)
         for token in work.draft:
             slot.append(token)
