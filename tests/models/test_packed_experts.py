@@ -29,7 +29,7 @@ EXPERT = {
 }
 
 
-def write(path: Path, architecture: str, kind: gguf.GGMLQuantizationType) -> None:
+def write(path: Path, architecture: str, kind: gguf.GGMLQuantizationType, *, stacked: bool = True) -> None:
     generator = np.random.default_rng(3)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
@@ -52,7 +52,11 @@ def write(path: Path, architecture: str, kind: gguf.GGMLQuantizationType) -> Non
             writer.add_tensor(f"blk.0.{stem}.weight", generator.uniform(0.5, 1.5, HIDDEN).astype(np.float32))
     for stem, outputs, inputs in (("gate", INNER, HIDDEN), ("up", INNER, HIDDEN), ("down", HIDDEN, INNER)):
         blocks = blocks_of(kind, EXPERTS * outputs, inputs, generator).reshape(EXPERTS, outputs, -1)
-        writer.add_tensor(f"blk.0.ffn_{stem}_exps.weight", blocks, raw_dtype=kind)
+        if stacked:
+            writer.add_tensor(f"blk.0.ffn_{stem}_exps.weight", blocks, raw_dtype=kind)
+        else:
+            for expert in range(EXPERTS):
+                writer.add_tensor(f"blk.0.ffn_{stem}.{expert}.weight", blocks[expert], raw_dtype=kind)
     router = generator.standard_normal((EXPERTS, HIDDEN)).astype(np.float32) * 0.1
     writer.add_tensor("blk.0.ffn_gate_inp.weight", router)
     writer.add_tensor("token_embd.weight", generator.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32))
@@ -83,3 +87,16 @@ def test_native_equals_reference(tmp_path: Path, architecture: str, kind: str) -
     # A code on the edge rounds either way (see test_packed_gguf), and may send a row to another expert.
     assert float(error.median()) < 1e-2
     assert float((error.amax(1) > 0.1).float().mean()) < 0.1
+
+
+def test_old_files_have_a_tensor_per_expert(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_0
+    write(tmp_path / "new.gguf", "llama", kind)
+    write(tmp_path / "old.gguf", "llama", kind, stacked=False)
+    new, old = (open_checkpoint(tmp_path / name) for name in ("new.gguf", "old.gguf"))
+    assert sorted(new.names()) == sorted(old.names())
+    for name in new.names():
+        one, other = new.matrix(name), old.matrix(name)
+        if isinstance(one, Packed) and isinstance(other, Packed):
+            one, other = one.dequantize(), other.dequantize()
+        assert np.array_equal(one, other)

@@ -293,18 +293,22 @@ _ROWS = (
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in _ROWS}
 
-_BLOCK = re.compile(r"(?:(enc|dec)\.)?blk\.(\d+)\.(\w+)(?:\.(weight|bias))?")
+_BLOCK = re.compile(r"(?:(enc|dec)\.)?blk\.(\d+)\.(\w+)(?:\.(\d+))?(?:\.(weight|bias))?")
 _OUTERMOST = re.compile(r"([\w.]+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A tensor's name taken apart: under which stack of blocks ("" for the only one), which block, stem and leaf."""
+    """A tensor's name taken apart: under which stack of blocks ("" for the only one), which block, stem and leaf.
+
+    `expert`: its number in old files, which do not stack experts.
+    """
 
     stack: str
     layer: int
     stem: str
     leaf: str
+    expert: int | None = None
 
 
 def family_of(file: GgufFile) -> Family:
@@ -326,7 +330,11 @@ def family_of(file: GgufFile) -> Family:
 def taken_apart(name: str) -> Name | None:
     """The parts of a block's tensor's name, or None for a tensor outside the blocks."""
     match = _BLOCK.fullmatch(name)
-    return None if match is None else Name(match[1] or "", int(match[2]), match[3], match[4] or "")
+    return (
+        None
+        if match is None
+        else Name(match[1] or "", int(match[2]), match[3], match[5] or "", None if match[4] is None else int(match[4]))
+    )
 
 
 def place_of_block(family: Family, name: Name) -> str:

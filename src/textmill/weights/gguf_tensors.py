@@ -116,7 +116,10 @@ def named(
         yield outer_name(family, tensor.name), fixed(family, stem, tensor, whole(tensor))
         return
     place, leaf = place_of_block(family, name), f".{name.leaf}" if name.leaf else ""
-    if name.stem in family.experts:
+    if name.expert is not None:
+        pattern = family.experts.get(f"{name.stem}_exps")
+        yield (tensor.name if pattern is None else place + pattern.format(name.expert) + leaf), whole(tensor)
+    elif name.stem in family.experts:
         yield from experts(file, place + family.experts[name.stem] + leaf, tensor)
     elif name.stem in family.split:
         yield from split(file, [f"{place}{one}{leaf}" for one in family.split[name.stem]], c, tensor)
