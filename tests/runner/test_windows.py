@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.parity import EXECUTORS
 from tests.models.tiny import sized
+from textmill.config import Settings
 from textmill.core import Admission, Emission, Request, RunnerLimits, Sampling, SlotWork, Step
 from textmill.engine.engine import Engine
+from textmill.errors import ConfigError
 from textmill.kernels.native import Program
 from textmill.kernels.spec import KEY_TILE, AttentionSpec
 from textmill.layers.memory import Memory
 from textmill.models.registry import build_model
+from textmill.runner.build import build_runner
 from textmill.runner.native_executor import NativeExecutor
 from textmill.runner.runner import Executor, LocalRunner
 from textmill.runner.slots import apply
 from textmill.runner.torch_executor import TorchExecutor
 from textmill.weights.checkpoint import open_checkpoint
+from textmill.weights.source import ModelSource
 from textmill.weights.view import View
 
 BLOCK, TOTAL, WINDOW = 16, 320, 24
@@ -141,3 +146,16 @@ def test_only_models_whose_every_layer_looks_back_a_window_leave_blocks() -> Non
     assert Memory(tuple(windows)).limited(limits).reach == 0
     assert Memory().limited(limits).reach == 0
     assert Memory(tuple(windows[:2])).limited(RunnerLimits(16, 99, 4, 64, 128, 50)).reach == 0
+
+
+def test_the_longest_request_may_be_longer_than_the_cache(tmp_path: Path) -> None:
+    settings = Settings(max_total_tokens=4096, max_batch_total_tokens=1200, max_batch_size=2)
+    for name, window in (("narrow", WINDOW), ("wide", 2000), ("none", None)):
+        sized("mistral", sliding_window=window, max_position_embeddings=4096)(tmp_path / name)
+    source = ModelSource("m", tmp_path / "narrow", "safetensors", "")
+    runner, info = build_runner(settings, source, lambda *_, **__: None)
+    runner.close()
+    assert (info.max_total_tokens, info.max_batch_total_tokens) == (4096, 1200)
+    for name in ("wide", "none"):
+        with pytest.raises(ConfigError, match="Not enough memory to handle `max_total_tokens=4096`"):
+            build_runner(settings, replace(source, path=tmp_path / name), lambda *_, **__: None)
