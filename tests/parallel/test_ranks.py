@@ -44,7 +44,7 @@ group = Ranks(1, 2)
 group.join(Path(sys.argv[1]), seconds=20)
 x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 assert group.all_reduce(x.clone()).tolist() == [[11.0, 22.0], [33.0, 44.0]]
-assert group.gather(x).tolist() == [[10.0, 20.0, 1.0, 2.0], [30.0, 40.0, 3.0, 4.0]]
+assert group.gather(x) is x
 print("computed", flush=True)
 time.sleep(60)
 """

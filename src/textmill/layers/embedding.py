@@ -25,7 +25,7 @@ class Embedding:
 
 
 class Gathered(Linear):
-    """Logits: every rank multiplies by its tokens' rows, all get those of the whole vocabulary."""
+    """Logits: every rank multiplies by its tokens' rows, the first, which chooses tokens, gets those of all."""
 
     def __call__(self, x: Hidden) -> Hidden:
         return self.group.gather(super().__call__(x))

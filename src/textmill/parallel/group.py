@@ -50,7 +50,7 @@ class Group:
         return x
 
     def gather(self, x: Value) -> Value:
-        """All ranks' columns side by side: [rows, columns] -> [rows, size x columns]."""
+        """On rank 0 all ranks' columns side by side, [rows, columns] -> [rows, size x columns]; others keep theirs."""
         return x
 
 

@@ -55,12 +55,12 @@ class Ranks(Group):
 
     def gather(self, x: Value) -> Value:
         own = tensor_of(x, "exchange between ranks")
-        parts = [torch.empty_like(own) for _ in range(self.size)]
+        parts = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else None
         try:
-            distributed.all_gather(parts, own)
+            distributed.gather(own, parts)
         except RuntimeError as error:
             raise RankLost(f"rank {self.rank} hears nothing from another one: {first_line(error)}") from error
-        return cast(Value, torch.cat(parts, dim=-1))
+        return x if parts is None else cast(Value, torch.cat(parts, dim=-1))
 
     def close(self) -> None:
         distributed.destroy_process_group()
