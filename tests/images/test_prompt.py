@@ -26,7 +26,7 @@ from textmill.config import Settings
 from textmill.core import Image
 from textmill.errors import InvalidRequest, ModelError
 from textmill.images.load import load_sight
-from textmill.images.prompt import Sight, after_truncation
+from textmill.images.prompt import Sight
 from textmill.images.recipe import FAKE
 
 CHOICES = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -159,13 +159,14 @@ async def test_idefics(tmp_path: Path) -> None:
         await sight.close()
 
 
-def test_truncation_moves_images_and_where_they_end() -> None:
+def test_truncation_moves_images_and_where_they_end(tmp_path: Path) -> None:
     def image(start: int, until: int) -> Image:
         return Image(start, 2, b"", (1, 3, 1, 1), (1, 1), (0, 0, 0), (1, 1, 1), b"", until)
 
-    assert after_truncation([image(0, 0), image(5, 9)], 3) == (image(2, 6),)
+    sight = llava_next(tmp_path).sight()
+    assert sight.after_truncation([image(0, 0), image(5, 9)], 3) == (image(2, 6),)
     with pytest.raises(InvalidRequest, match="must not cut through an image"):
-        after_truncation([image(5, 9)], 6)
+        sight.after_truncation([image(5, 9)], 6)
 
 
 def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,10 +24,12 @@ from textmill.config import Settings
 from textmill.core import EngineInfo
 from textmill.errors import Draining
 from textmill.images.load import load_sight
-from textmill.images.prompt import Sight
 from textmill.observe.router_metrics import RouterMetrics
 from textmill.text.chat import ChatTemplate
 from textmill.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from textmill.images.prompt import Sight
 
 HEADERS_LIMIT = 65536  # bytes of request line and headers
 IDLE_CONNECTION = 75  # seconds

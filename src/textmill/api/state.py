@@ -6,17 +6,19 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from textmill.api.engine import EngineClient
 from textmill.api.permits import Permits
 from textmill.config import Settings
 from textmill.core import EngineInfo
 from textmill.errors import Draining, TextmillError, Unhealthy
-from textmill.images.prompt import Sight
 from textmill.observe.router_metrics import RouterMetrics
 from textmill.text.chat import ChatTemplate
 from textmill.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from textmill.images.prompt import Sight
 
 
 class Interruptible(Protocol):

@@ -12,7 +12,6 @@ from textmill.api.state import RouterState
 from textmill.config import Settings
 from textmill.core import Image, Request, Sampling
 from textmill.errors import InvalidRequest
-from textmill.images.prompt import after_truncation
 
 SHORT_TEXT = 2048  # characters; shorter texts are tokenized on the spot (well under a millisecond)
 SEGMENT = 1024  # rule 15 counts at most so many new tokens, as TGI does
@@ -132,7 +131,7 @@ async def prompt_tokens(
     images = sight.place(shown, ids)
     if truncate is None or truncate >= len(ids):
         return ids, images
-    return ids[-truncate:], after_truncation(images, len(ids) - truncate)
+    return ids[-truncate:], sight.after_truncation(images, len(ids) - truncate)
 
 
 async def tokenize(state: RouterState, text: str, add_special_tokens: bool) -> tuple[int, ...]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from textmill.config import Settings
 from textmill.errors import ModelError
-from textmill.images.address import hosts
-from textmill.images.decoder import Decoder
-from textmill.images.fetch import Fetcher
-from textmill.images.limits import MOST_BYTES
-from textmill.images.prompt import Sight
 from textmill.images.recipe import recipe_of
 from textmill.weights.config import read_json
+
+if TYPE_CHECKING:
+    from textmill.images.prompt import Sight
 
 IMAGE_TOKEN = "<image>"
 
@@ -38,6 +36,12 @@ def load_sight(folder: Path, vocabulary: Vocabulary, settings: Settings, end: st
     token = None if token_id is None else vocabulary.id_to_token(token_id)
     if token is None or token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no token that stands for images")
+    from textmill.images.address import hosts  # routers of models that see nothing start without all this
+    from textmill.images.decoder import Decoder
+    from textmill.images.fetch import Fetcher
+    from textmill.images.limits import MOST_BYTES
+    from textmill.images.prompt import Sight
+
     fetcher = Fetcher(hosts(settings.allow_remote_images), settings.max_image_fetch_size)
     end_id = None if end is None else vocabulary.token_to_id(end)
     decoder = Decoder(recipe, most_bytes=max(MOST_BYTES, settings.max_image_fetch_size))

@@ -94,6 +94,17 @@ class Sight:
             at += one.tokens
         return tuple(images)
 
+    def after_truncation(self, images: Sequence[Image], dropped: int) -> tuple[Image, ...]:
+        """The images of a prompt that lost its first tokens; InvalidRequest if the cut goes through one."""
+        kept = [
+            replace(one, start=one.start - dropped, until=max(one.until - dropped, 0))
+            for one in images
+            if one.start + one.count > dropped
+        ]
+        if any(one.start < 0 for one in kept):
+            raise InvalidRequest("`truncate` must not cut through an image")
+        return tuple(kept)
+
     async def close(self) -> None:
         await self._decoder.close()
 
@@ -161,15 +172,3 @@ def image_at(start: int, tiles: Tiles, recipe: Recipe, until: int) -> Image:
         digest=tiles.digest,
         until=until,
     )
-
-
-def after_truncation(images: Sequence[Image], dropped: int) -> tuple[Image, ...]:
-    """The images of a prompt that lost its first tokens; InvalidRequest if the cut goes through one."""
-    kept = [
-        replace(one, start=one.start - dropped, until=max(one.until - dropped, 0))
-        for one in images
-        if one.start + one.count > dropped
-    ]
-    if any(one.start < 0 for one in kept):
-        raise InvalidRequest("`truncate` must not cut through an image")
-    return tuple(kept)
