@@ -99,7 +99,7 @@ def build_hub_runner(settings: Settings, source: ModelSource, report: Report) ->
         raise ConfigError(f"--rope-scaling, --rope-factor: {source.path} has a model_type that transformers runs")
     started = time.perf_counter()
     report("load", f"reading {source.model_id}: textmill has no file for it, so transformers runs it")
-    model, c = load_hub_model(source.path, trust_remote_code=settings.trust_remote_code)
+    model, c = load_hub_model(source.path, trust_remote_code=settings.trust_remote_code, threads=settings.cpu_threads)
     shape = shape_of(settings, c)
     executor = HubExecutor(model, shape.max_slots, shape.max_total_tokens, BLOCK_SIZE)
     plan = sized(settings, shape, BLOCK_SIZE * bytes_per_token(c))

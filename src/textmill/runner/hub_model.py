@@ -19,8 +19,8 @@ def needs_hub_model(folder: Path) -> bool:
     return not has_family(str(in_known_names(read_json(folder / "config.json")).get("model_type")))
 
 
-def load_hub_model(folder: Path, *, trust_remote_code: bool) -> tuple[Any, ModelConfig]:
-    """transformers' own model on the CPU, in float32, with its config in our names.
+def load_hub_model(folder: Path, *, trust_remote_code: bool, threads: int = 0) -> tuple[Any, ModelConfig]:
+    """transformers' own model on the CPU, in float32, with its config in our names; `threads` 0: as torch likes.
 
     Code that lies in the folder runs only with `trust_remote_code`; nothing that weights pickle is run. Raises
     ConfigError or ModelError.
@@ -41,6 +41,8 @@ def load_hub_model(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Model
         )
     if raw.get("is_encoder_decoder"):
         raise ModelError(f"{folder}: model_type {model_type!r}: an encoder-decoder model that textmill has no file for")
+    if threads:
+        torch.set_num_threads(threads)
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
