@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -51,27 +53,60 @@ const Kernels& kernels() {
   return kPortableKernels;
 }
 
-// Zeroed memory, on huge pages where they can be had: a pass over the weights then costs few page walks.
+// Memory for several matrices on huge pages, where they can be had: on small ones every pass over the weights is a walk
+// through page tables. It goes when its last matrix goes.
+class Region {
+ public:
+  static constexpr size_t kHuge = size_t{2} << 20;
+  static constexpr size_t kLeast = 16 * kHuge;
+
+  explicit Region(size_t bytes) : size_((std::max(bytes, kLeast) + kHuge - 1) / kHuge * kHuge) {
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(kHuge, size_));
+    if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+  }
+  ~Region() { std::free(data_); }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+
+  // 64-byte aligned, null if there is no room left.
+  uint8_t* take(size_t bytes) {
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    if (size_ - used_ < rounded) return nullptr;
+    used_ += rounded;
+    return data_ + used_ - rounded;
+  }
+
+ private:
+  size_t size_, used_ = 0;
+  uint8_t* data_;
+};
+
+// Zeroed memory of one matrix.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) {
-    constexpr size_t kHuge = size_t{2} << 20;
-    const size_t alignment = bytes >= kHuge ? kHuge : 64;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    data_ = static_cast<uint8_t*>(std::aligned_alloc(alignment, rounded ? rounded : alignment));
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-    std::memset(data_, 0, rounded);
+    std::lock_guard<std::mutex> lock(mutex_);
+    region_ = newest_.lock();
+    if (region_) data_ = region_->take(bytes);
+    if (!data_) {
+      region_ = std::make_shared<Region>(bytes);
+      newest_ = region_;
+      data_ = region_->take(bytes);
+    }
+    std::memset(data_, 0, bytes);
   }
-  ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   uint8_t* data() const { return data_; }
 
  private:
-  uint8_t* data_;
+  static inline std::mutex mutex_;
+  static inline std::weak_ptr<Region> newest_;
+  std::shared_ptr<Region> region_;
+  uint8_t* data_ = nullptr;
 };
 
 class PackedWeight final : public Weight {
