@@ -34,6 +34,8 @@ class GroupList {
  public:
   GroupList(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end) : spec_(spec) {
     add(task, begin, end, kKeyRange / kKeyLanes * 2);
+    // A short context is followed by another soon.
+    distance_ = count_ < kAhead ? count_ : kAhead;
     const int64_t needed = count_ + kAhead;
     if (end < task.end) {
       add(task, end, task.end, kAhead);
@@ -52,9 +54,9 @@ class GroupList {
       keys->at[g] = at[g];
       values->at[g] = at[group_count + g];
       keys->scales[g] = scales_[taken_ + g];
-      if (keys->scales[g]) prefetch(scales_[taken_ + kAhead + g]);
-      keys->ahead[g] = reinterpret_cast<const char*>(at[kAhead + g]);
-      values->ahead[g] = reinterpret_cast<const char*>(at[kAhead + group_count + g]);
+      if (keys->scales[g]) prefetch(scales_[taken_ + distance_ + g]);
+      keys->ahead[g] = reinterpret_cast<const char*>(at[distance_ + g]);
+      values->ahead[g] = reinterpret_cast<const char*>(at[distance_ + group_count + g]);
     }
     taken_ += 2 * group_count;
   }
@@ -85,7 +87,7 @@ class GroupList {
   }
 
   const AttentionSpec& spec_;
-  int64_t count_ = 0, taken_ = 0;
+  int64_t count_ = 0, taken_ = 0, distance_ = 0;
   const T* groups_[kKeyRange / kKeyLanes * 2 + kAhead];
   const uint16_t* scales_[kKeyRange / kKeyLanes * 2 + kAhead];
 };

@@ -215,7 +215,8 @@ int Program::attend(int x, int layer, const AttentionSpec& spec) {
   op.scales_offset = kv_bytes_per_block_ + 2 * bytes;
   kv_bytes_per_block_ += 2 * bytes;
   if (limits_.half_cache) {
-    kv_bytes_per_block_ += static_cast<size_t>(spec.kv_heads * (limits_.block_size / kKeyLanes) * kGroupScales) * 2;
+    const int64_t scales = spec.kv_heads * (limits_.block_size / kKeyLanes) * kGroupScales * 2;
+    kv_bytes_per_block_ += static_cast<size_t>((scales + 127) / 128 * 128);  // memory is fetched by two lines
   }
   const auto same = [&](const AttentionSpec& other) {
     return other.heads == spec.heads && other.kv_heads == spec.kv_heads && other.head_dim == spec.head_dim &&
