@@ -19,14 +19,12 @@ namespace textmill {
 namespace matmul_detail {
 namespace {
 
-constexpr int64_t kMaxRows = 120;    // rows computed before the next strip
-constexpr int64_t kLongStrip = 512;  // columns of a strip of one row: memory is read in long runs
+constexpr int64_t kMaxRows = 120;  // rows computed before the next strip
 
 template <class Products>
 void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y,
              const Fetch& fetch) {
-  const int64_t floats = rows == 1 ? (count + kStrip) / (kStrip + 1) * kLd : rows * kLd;
-  for (float* at = y; at < y + floats; at += kLd) {  // whole rows: GCC makes a slow string instruction of anything else
+  for (float* at = y; at < y + rows * kLd; at += kLd) {  // whole rows: GCC makes a slow string instruction of anything else
 #pragma GCC unroll 8
     for (int64_t c = 0; c < kLd; c += 8) _mm256_store_ps(at + c, _mm256_setzero_ps());
   }
@@ -40,7 +38,7 @@ void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block,
   alignas(64) float y[kMaxRows * kLd];
   alignas(64) float up[kMaxRows * kLd];
   const bool gated = out.epilogue->gated;
-  const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8, strip = rows == 1 ? kLongStrip : 8 * kStrip;
+  const int64_t half = n / 2, shift = half % 8, blocks = (n + 7) / 8, strip = 8 * kStrip;
   for (int64_t row = 0; row < rows; row += row_block) {
     const int64_t some = rows - row < row_block ? rows - row : row_block;
     for (int64_t column = begin; column < end; column += strip) {

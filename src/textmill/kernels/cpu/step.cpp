@@ -181,9 +181,9 @@ int64_t Step::columns_of_chunk(const Weight& matrix, int64_t n, int64_t tall, in
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(matrix.bytes()) / n);
   const int64_t least = std::max<int64_t>(1, std::min(kLeastMacs / macs, kLeastBytes / bytes));
   const int64_t most = std::max(least, std::min(kMostMacs / macs, kMostBytes / bytes));
-  // Few rows wait for memory, which is fastest in long runs: four chunks a thread; many rows compute.
+  // Few rows wait for memory, which is fastest in long runs: two chunks a thread; many rows compute.
   const bool few = tall <= kFewRows;
-  const int64_t shared = n * tiles / (threads_ * (few ? 4 : 16));
+  const int64_t shared = n * tiles / (threads_ * (few ? 2 : 16));
   const int64_t wanted = std::clamp(shared, least, most);
   if (few) return std::min(round_up(wanted, kColumnBlock), round_up(n, kColumnBlock));
   // Threads get the same number of chunks, and chunks whole tiles: two blocks of columns, or a strip where rows are many.
