@@ -59,7 +59,7 @@ class TestFallback:
         def report(_phase: str, message: str, **_: object) -> None:
             lines.append(message)
 
-        source = ModelSource("m", path, "local", "")
+        source = ModelSource("m", path, "gguf" if path.is_file() else "safetensors", "")
         runner, info = build_runner(Settings(max_total_tokens=64, kernels=kernels), source, report)
         runner.close()
         return info, lines
