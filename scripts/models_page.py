@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 MODELS = ROOT / "src" / "textmill" / "models"
-RECORDING = ["tests/models", "tests/parallel"]
+RECORDING = ["tests/models"]
 WAYS = ("alone", "together", "preempted")
 
 HEAD = """\
@@ -57,7 +57,7 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "results.jsonl"
-            tests = [sys.executable, "-m", "pytest", "-q", *(path for path in RECORDING if (ROOT / path).exists())]
+            tests = [sys.executable, "-m", "pytest", "-q", *RECORDING]
             done = subprocess.run(tests, cwd=ROOT, env=os.environ | {"TEXTMILL_PARITY": str(file)}, check=False)
             if done.returncode:
                 print("models_page: some tests failed; the page stays as it is", file=sys.stderr)
@@ -70,18 +70,21 @@ def main() -> int:
 
 
 def gathered(results: str) -> list[Case]:
-    """One entry per family and variant, in alphabetical order of families; a field's values side by side."""
+    """One entry per family and variant, by family and then as the cases stand; a field's values side by side."""
+    places: dict[tuple[str, str], int] = {}
     cases: dict[tuple[str, str], Case] = {}
-    for line in results.splitlines():
+    for place, line in enumerate(results.splitlines()):
         found = json.loads(line)
         key = (found.pop("family"), found.pop("variant"))
+        if "file" in found:  # written when a case is prepared; other tests' columns may come earlier
+            places.setdefault(key, place)
         case = cases.setdefault(key, {"family": key[0], "variant": key[1], "seen": defaultdict(set)})
         executor = found.pop("executor", None)
         if executor:
             case["seen"]["executor"].add(executor)
         for name, value in found.items():
             case["seen"][name].add((executor, value) if name in WAYS else value)
-    return sorted(cases.values(), key=lambda case: str(case["family"]))
+    return [cases[key] for key in sorted(cases, key=lambda key: (key[0], places.get(key, 0)))]
 
 
 def page(cases: list[Case]) -> str:
