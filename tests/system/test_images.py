@@ -72,7 +72,7 @@ def test_pictures_over_http(launch: Callable[..., Server], tmp_path: Path) -> No
     for prefill in (True, False):  # the second time from the prefix cache
         body = {"inputs": prompt, "parameters": parameters | {"decoder_input_details": prefill}}
         status, _, answer = server.post("/generate", body)
-        assert status == 200, answer
+        assert status == 200, (answer, server.log.read_text())
         found: Any = answer
         assert [token["id"] for token in found["details"]["tokens"]] == expected
         prompt_ids = [token["id"] for token in found["details"]["prefill"]]
@@ -91,7 +91,7 @@ def test_pictures_over_http(launch: Callable[..., Server], tmp_path: Path) -> No
         "ignore_eos": True,
     }
     status, _, answer = server.post("/v1/chat/completions", asked)
-    assert status == 200, answer
+    assert status == 200, (answer, server.log.read_text())
     chat: Any = answer
     assert chat["choices"][0]["message"]["content"].split() == [f"w{number}" for number in expected]
     refused_and_still_there(server)
@@ -116,5 +116,5 @@ def refused_and_still_there(server: Server) -> None:
         "w5 <image>",
     ):
         status, _, answer = server.post("/generate", {"inputs": inputs})
-        assert status == 422, answer
+        assert status == 422, (answer, server.log.read_text())
     assert server.post("/generate", {"inputs": "w5 w6", "parameters": {"max_new_tokens": 2}})[0] == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -51,7 +52,12 @@ class Decoder:
             except TimeoutError:
                 await self.close()
                 raise InvalidRequest(f"invalid image: {name} took longer than {self._seconds:g} s to decode") from None
-            except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
+            except (
+                asyncio.IncompleteReadError,
+                OSError,
+                RuntimeError,
+            ) as error:  # the last: a transport that is closed
+                log.warning("the decoder of images ended: %r", error)
                 await self.close()
                 raise InvalidRequest(f"invalid image: {name} cannot be decoded (its decoder ended)") from None
             except asyncio.CancelledError:
@@ -64,7 +70,8 @@ class Decoder:
     async def close(self) -> None:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
 
     async def _ask(self, kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
