@@ -10,7 +10,7 @@ namespace matmul_detail {
 namespace {
 
 constexpr int64_t kDirectRows = 24;        // up to so many rows use the packed codes directly, without a panel
-constexpr int64_t kDirectRowsWords = 7;    // where panels hold words: direct tiles of two planes are much slower
+constexpr int64_t kDirectRowsWords = 16;   // where panels hold words: direct tiles of two planes are much slower
 constexpr int64_t kLeastAhead = 8 << 10;   // bytes fetched ahead of direct tiles
 constexpr int64_t kLargeBlock = 16 << 10;  // bytes of a block; one row then reads one block at a time
 
