@@ -6,34 +6,15 @@ from textmill.kernels.spec import Array
 from textmill.layers.attention import Attention, qkv
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.embedding import Embedding, Logits, head
-from textmill.layers.encoder import CrossAttention, TwoWayAttention
+from textmill.layers.encoder import CrossAttention
 from textmill.layers.linear import row
 from textmill.layers.memory import Memory
-from textmill.layers.mlp import MLP, GatedMLP
 from textmill.layers.norm import RMSNorm
 from textmill.layers.positions import distance_bias
 from textmill.layers.types import Context, EncoderContext, Hidden
+from textmill.models.t5_encoder import Encoder, feed_forward
 from textmill.weights.config import ModelConfig
 from textmill.weights.view import View
-
-
-def feed_forward(c: ModelConfig, w: View) -> GatedMLP | MLP:
-    w = w / "DenseReluDense"
-    if w.has("wi_0.weight"):
-        return GatedMLP(w, "wi_0", "wi_1", "wo", c.hidden_act)
-    return MLP(w, "wi", "wo", c.hidden_act)
-
-
-class EncoderBlock:
-    def __init__(self, c: ModelConfig, w: View, bias: Array) -> None:
-        self.norm = RMSNorm(w / 0 / "layer_norm", c.norm_eps)
-        self.attn = TwoWayAttention(c, w / 0 / "SelfAttention", "q", "k", "v", "o", scale=1.0, relative=bias)
-        self.mlp_norm = RMSNorm(w / 1 / "layer_norm", c.norm_eps)
-        self.mlp = feed_forward(c, w / 1)
-
-    def __call__(self, x: Hidden, ctx: EncoderContext) -> Hidden:
-        x = x + self.attn(self.norm(x), ctx)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class Block:
@@ -58,15 +39,12 @@ class Model(CausalLM):
             w.leave_out(copy)
         w.leave_out("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias")  # of no use, in the oldest
         embed = Embedding(w / "shared")
-        stacks = [w / name / "block" for name in ("encoder", "decoder")]
-        encoder_bias, bias = (distance_bias(c, w / 0 / "layer.0.SelfAttention", both=w is stacks[0]) for w in stacks)
-        layers = range(c.raw["num_layers"])
-        self.encoder = [EncoderBlock(c, stacks[0] / i / "layer", encoder_bias) for i in layers]
-        self.encoder_norm = RMSNorm(w / "encoder.final_layer_norm", c.norm_eps)
-        self.decoder = [Block(c, stacks[1] / i / "layer", i, bias) for i in range(c.num_layers)]
+        self.encoder = Encoder(c, w / "encoder", embed, c.raw["num_layers"])
+        blocks = w / "decoder.block"
+        bias = distance_bias(c, blocks / 0 / "layer.0.SelfAttention", both=False)
+        self.decoder = [Block(c, blocks / i / "layer", i, bias) for i in range(c.num_layers)]
         scale = c.hidden_size**-0.5 if c.switch("scale_decoder_outputs", True) else 1.0
         norm = RMSNorm(w / "decoder.final_layer_norm", c.norm_eps)
-        self.words = embed
         super().__init__(embed, self.decoder, norm, Logits(head(w / "lm_head", embed), scale=scale))
 
     @property
@@ -77,8 +55,5 @@ class Model(CausalLM):
         )
 
     def encode(self, ctx: EncoderContext) -> list[Hidden]:
-        x = self.words(ctx)
-        for block in self.encoder:
-            x = block(x, ctx)
-        x = self.encoder_norm(x)
+        x = self.encoder(ctx)
         return [block.cross.remember(x) for block in self.decoder]
