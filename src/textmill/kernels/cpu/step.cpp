@@ -26,6 +26,12 @@ constexpr int64_t kTileBytes = 256 * 1024;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Which of `count` chunks comes when: threads take turns, and so each reads a run of neighbouring chunks.
+int64_t turn_of(int64_t turn, int64_t count, int64_t threads) {
+  const int64_t run = count / threads;
+  return turn < run * threads ? turn % threads * run + turn / threads : turn;
+}
+
 }  // namespace
 
 void Program::run(const WorkItem* work, int64_t count, const StepOutput& output, const PlacedRows& placed) {
@@ -280,8 +286,8 @@ void Step::run_row(const Op& op, int64_t row, float* out) const {
 void Step::run_product(const Op& op, uint32_t chunk) const {
   const Value& x = program_.values_[static_cast<size_t>(op.x)];
   const Value& y = program_.values_[static_cast<size_t>(op.out)];
-  const int64_t tile = chunk % row_tiles_, first = tile * tile_rows_;
-  const int64_t column = chunk / row_tiles_ * columns_;
+  const int64_t first = chunk % row_tiles_ * tile_rows_, across = (y.cols + columns_ - 1) / columns_;
+  const int64_t turn = chunk / row_tiles_, column = turn_of(turn, across, threads_) * columns_;
   Epilogue epilogue;
   epilogue.bias = op.bias;
   epilogue.gated = op.gated;
