@@ -18,7 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -176,12 +176,12 @@ def _pip(package: Package, folder: Path, output: IO[bytes]) -> subprocess.Popen[
 
 
 def _bytes_under(folder: Path) -> int:
+    """Of files only. pip may remove any of them, folders too, between listing and asking: os.walk passes over these."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # pip removed it between listing and asking
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 
