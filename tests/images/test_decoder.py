@@ -124,9 +124,18 @@ async def test_a_decoder_that_takes_too_long_or_dies_is_replaced() -> None:
         decoder._seconds = 15.0
         assert await decoder.tiles("x", data) == [tiles]
         decoder._process.send_signal(signal.SIGKILL)
-        with pytest.raises(InvalidRequest, match="cannot be decoded"):
-            await decoder.tiles("x", data)
         assert await decoder.tiles("x", data) == [tiles]
+    finally:
+        await decoder.close()
+
+
+async def test_a_decoder_that_dies_of_every_picture_is_the_pictures_fault() -> None:
+    decoder = Decoder(SQUARE)
+    decoder._recipe = "{"  # its process ends with an error as soon as it starts
+    try:
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match=r"x cannot be decoded \(its decoder ended\)"):
+                await decoder.tiles("x", encoded(picture(30, 30)))
     finally:
         await decoder.close()
 

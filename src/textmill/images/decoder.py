@@ -20,6 +20,9 @@ from textmill.images.worker import LENGTHS
 
 log = logging.getLogger(__name__)
 
+# How a process that is gone shows itself; the last is a transport that was closed under us.
+ENDED = (asyncio.IncompleteReadError, OSError, RuntimeError)
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -48,17 +51,11 @@ class Decoder:
         async with self._turn:
             try:
                 async with asyncio.timeout(self._seconds):
-                    described, pixels = await self._ask(header.kind, data)
+                    described, pixels = await self._ask_again(header.kind, data)
             except TimeoutError:
                 await self.close()
                 raise InvalidRequest(f"invalid image: {name} took longer than {self._seconds:g} s to decode") from None
-            except (
-                asyncio.IncompleteReadError,
-                OSError,
-                RuntimeError,
-            ) as error:  # the last: a transport that is closed
-                log.warning("the decoder of images ended: %r", error)
-                await self.close()
+            except ENDED:
                 raise InvalidRequest(f"invalid image: {name} cannot be decoded (its decoder ended)") from None
             except asyncio.CancelledError:
                 await self.close()  # half a message would be left in the pipes
@@ -74,8 +71,23 @@ class Decoder:
                 process.kill()
             await process.wait()
 
+    async def _ask_again(self, kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
+        """A decoder may have ended since the last picture, or be lost as it starts; only twice is it the picture."""
+        try:
+            return await self._ask(kind, data)
+        except ENDED:
+            return await self._ask(kind, data)
+
     async def _ask(self, kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
-        process = await self._running()
+        try:
+            return await self._exchange(await self._running(), kind, data)
+        except ENDED as error:
+            log.warning("the decoder of images ended: %r", error)
+            await self.close()
+            raise
+
+    @staticmethod
+    async def _exchange(process: Process, kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
         if process.stdin is None or process.stdout is None:
             raise BrokenPipeError
         text = json.dumps({"kind": kind}).encode()
