@@ -58,7 +58,7 @@ struct DenseProducts {
   const float* x;
   int64_t x_stride;
 
-  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, const Fetch&) const {
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y) const {
     const int64_t panel = rows <= 6 ? w.k : kDensePanel;
     for (int64_t first = 0; first < w.k; first += panel) {
       const int64_t inputs = w.k - first < panel ? w.k - first : panel;

@@ -99,7 +99,7 @@ struct PackedProducts {
   mutable const uint8_t* wide = nullptr;  // the widened form of `wide_rows` rows from `wide_row` on
   mutable int64_t wide_row = -1, wide_rows = 0;
 
-  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y, Fetch fetch) const {
+  void operator()(int64_t block, int64_t count, int64_t row, int64_t rows, float* y) const {
     const bool panel = rows > (words ? kDirectRowsWords : kDirectRows) && (!words || widen(row, rows));
     // Registers suffice for 6 rows and two blocks of one plane each, or one of two.
     int64_t limit = !panel && packed_codes(w.bits) == Codes::kPlanes && rows > 2 ? 1 : 2;
@@ -107,12 +107,11 @@ struct PackedProducts {
     for (int64_t b = 0; b < count;) {
       const int64_t width = count - b < limit ? count - b : limit;
       if (panel) {
-        panels(block + b, width, row, rows, y + b * 8, fetch);
+        panels(block + b, width, row, rows, y + b * 8);
       } else {
-        direct(block + b, width, row, rows, y + b * 8, fetch);
+        direct(block + b, width, row, rows, y + b * 8);
       }
       b += width;
-      fetch = {};
     }
   }
 
@@ -128,13 +127,11 @@ struct PackedProducts {
   static int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
   // All rows, in tiles of about the same size; `bytes` are fetched ahead with each tile.
-  void run(const TileTable& table, Tile tile, int64_t width, int64_t rows, const Fetch& fetch, Ahead* ahead,
-           int64_t bytes) const {
+  void run(const TileTable& table, Tile tile, int64_t width, int64_t rows, Ahead* ahead, int64_t bytes) const {
     int64_t done = 0;
     for (int64_t tiles = tiles_of(rows); tiles > 0; --tiles) {
       ahead->fetch(bytes);
       const int64_t some = (rows - done + tiles - 1) / tiles;
-      fetch.rows(done, some);
       table.of[some - 1][width - 1](tile);
       tile.x += some * tile.x_stride;
       tile.y += some * kLd;
@@ -143,7 +140,7 @@ struct PackedProducts {
     }
   }
 
-  void direct(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, const Fetch& fetch) const {
+  void direct(int64_t block, int64_t width, int64_t row, int64_t rows, float* y) const {
     Tile tile = {};
     tile.w = &w;
     tile.y = y;
@@ -154,10 +151,10 @@ struct PackedProducts {
     tile.chunks = w.chunks;
     tile.ahead = width * w.block_bytes < kLeastAhead ? kLeastAhead : width * w.block_bytes;
     Ahead nothing = {};
-    run(direct_tiles(w), tile, width, rows, fetch, &nothing, 0);
+    run(direct_tiles(w), tile, width, rows, &nothing, 0);
   }
 
-  void panels(int64_t block, int64_t width, int64_t row, int64_t rows, float* y, Fetch fetch) const {
+  void panels(int64_t block, int64_t width, int64_t row, int64_t rows, float* y) const {
     alignas(64) uint8_t panel[kPanelBytes];
     const int64_t limit = kPanelBytes / panel_step(static_cast<int>(width), w.bits, w.half_groups);
     const int64_t parts = (w.chunks + limit - 1) / limit;
@@ -180,8 +177,7 @@ struct PackedProducts {
         (w.bits == 4 ? expand_block<4> : expand_block<8>)(w, from, first, tile.chunks, width, panel + c * code_bytes,
                                                          panel + width * code_bytes + c * 64);
       }
-      run(panel_tiles(w), tile, width, rows, fetch, &ahead, bytes);
-      fetch = {};
+      run(panel_tiles(w), tile, width, rows, &ahead, bytes);
     }
   }
 };

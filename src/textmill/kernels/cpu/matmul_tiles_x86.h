@@ -39,29 +39,6 @@ constexpr int64_t record_bytes(Codes codes) { return codes == Codes::kWords ? kW
 // What a weight has beside its scales, known when tiles are compiled for the common kinds.
 enum class Form { kOffsets, kZero, kAny };
 
-// Where a strip's results will go and what will be added to them: fetched tile by tile while products are computed, since
-// the lines of many rows asked for at once would be waited for.
-struct Fetch {
-  const float* out = nullptr;
-  int64_t out_stride = 0;
-  const float* residual = nullptr;
-  int64_t residual_stride = 0;
-
-  TEXTMILL_INLINE void rows(int64_t first, int64_t count) const {
-    if (!out) return;
-    for (int64_t r = first; r < first + count; ++r) {
-      line(out + r * out_stride);
-      if (residual) line(residual + r * residual_stride);
-    }
-  }
-
- private:
-  static void line(const float* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at + 16), _MM_HINT_T0);
-  }
-};
-
 // A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
 struct Tile {
   const PackedView* w;

@@ -22,13 +22,12 @@ namespace {
 constexpr int64_t kMaxRows = 120;  // rows computed before the next strip
 
 template <class Products>
-void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y,
-             const Fetch& fetch) {
+void compute(const Products& products, int64_t block, int64_t count, int64_t row, int64_t rows, float* y) {
   for (float* at = y; at < y + rows * kLd; at += kLd) {  // whole rows: GCC makes a slow string instruction of anything else
 #pragma GCC unroll 8
     for (int64_t c = 0; c < kLd; c += 8) _mm256_store_ps(at + c, _mm256_setzero_ps());
   }
-  products(block, count, row, rows, y, fetch);
+  products(block, count, row, rows, y);
 }
 
 // Computes columns [begin, end) for all rows, strip by strip: products, then the epilogue straight into `out`.
@@ -43,15 +42,15 @@ void drive(const Products& products, int64_t n, int64_t rows, int64_t row_block,
     const int64_t some = rows - row < row_block ? rows - row : row_block;
     for (int64_t column = begin; column < end; column += strip) {
       const int64_t width = end - column < strip ? end - column : strip;
-      const Epilogue& epilogue = *out.epilogue;
-      const Fetch fetch = {out.data + row * out.stride + column, out.stride,
-                           epilogue.residual ? epilogue.residual + row * epilogue.residual_stride + column : nullptr,
-                           epilogue.residual_stride};
-      compute(products, column / 8, (width + 7) / 8, row, some, y, fetch);
+      for (int64_t r = row; r < row + some; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(out.data + r * out.stride + column + 16), _MM_HINT_T0);
+      }
+      compute(products, column / 8, (width + 7) / 8, row, some, y);
       if (gated) {
         const int64_t first = (half + column) / 8;
         const int64_t wanted = (shift + width + 7) / 8;
-        compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up, Fetch{});
+        compute(products, first, first + wanted > blocks ? blocks - first : wanted, row, some, up);
       }
       finish_strip(*out.epilogue, {y, gated ? up + shift : nullptr, kLd, half, row, some, column, width}, out.data,
                    out.stride);
