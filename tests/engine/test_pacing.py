@@ -9,7 +9,7 @@ from hypothesis import given
 from scripted import limits
 
 from textmill.core import Step
-from textmill.engine.pacing import FEWEST, FRESH, STRETCH, Pacing
+from textmill.engine.pacing import BURST_FEWEST, BURST_SECONDS, FEWEST, FRESH, STRETCH, Pacing
 from textmill.engine.scheduler import EngineSettings
 
 TOKEN = 0.001  # seconds of a prompt token
@@ -41,10 +41,35 @@ def test_nothing_is_bounded_while_nobody_decodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decoding", "newcomers", "bounded"), [(1, 1, True), (4, 2, False), (8, 3, True), (8, 4, False), (2, 9, False)]
+    ("decoding", "newcomers", "burst"), [(1, 1, False), (4, 2, True), (8, 3, False), (8, 4, True), (2, 9, True)]
 )
-def test_a_burst_of_newcomers_goes_first(decoding: int, newcomers: int, bounded: bool) -> None:
-    assert (taught().allowance(decoding, decoding, newcomers) is not None) is bounded
+def test_a_burst_of_newcomers_goes_first(decoding: int, newcomers: int, burst: bool) -> None:
+    pacing = taught(token=TOKEN / 10)
+    beside = int((STRETCH - 1) * QUIET / TOKEN * 10)
+    wanted = int(BURST_SECONDS / TOKEN * 10) if burst else beside
+    assert pacing.allowance(8, decoding, newcomers) == pytest.approx(wanted, abs=1)
+
+
+def test_a_burst_goes_in_pieces_that_compute_well() -> None:
+    assert taught().allowance(0, 0, 2) == BURST_FEWEST
+    assert Pacing().allowance(0, 0, 2) == BURST_FEWEST
+    assert taught(token=TOKEN / 10).allowance(0, 0, 2) == pytest.approx(BURST_SECONDS / TOKEN * 10, abs=1)
+
+
+def test_in_a_burst_who_came_first_is_answered_first() -> None:
+    driver = Driver(limits(num_blocks=512, max_slots=16, max_step_tokens=1024, max_total_tokens=1024), EngineSettings())
+    driver.runner.clock = seconds_of
+    for number in range(8):
+        driver.arrive([(number + i) % 50 for i in range(100)], 20)
+    driver.finish()
+    prompts = [sum(work.count for work in step.work if work.count > 1) for step in driver.runner.steps]
+    assert prompts[:4] == [BURST_FEWEST] * 4
+    first_samples = [
+        next(n for n, step in enumerate(driver.runner.steps) for w in step.work if w.slot == slot and w.samples)
+        for slot in range(8)
+    ]
+    assert sorted(first_samples) == first_samples
+    assert first_samples[0] == 0
 
 
 def test_averages_follow_and_hiccups_hardly_count() -> None:

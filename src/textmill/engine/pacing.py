@@ -10,6 +10,8 @@ from __future__ import annotations
 
 STRETCH = 2.8  # a step with prompts in it may take so many times what a quiet one takes
 FEWEST = 16  # prompt tokens that every step may have: a prompt always gets on
+BURST_SECONDS = 0.125  # of prompts in a step while several sequences wait for their first token
+BURST_FEWEST = 128  # prompt tokens of such a step at least: about where larger ones compute no faster
 TELLING = 64  # prompt tokens in a step without decodes from which on it tells what one costs
 FRESH = 64  # steps with prompts in a row, for which the quiet steps before them still count as of a moment ago
 WEIGHT = 0.15  # of the newest measurement in an average
@@ -17,7 +19,7 @@ WILDEST = 4.0  # a measurement counts as at most so many times the average, or a
 
 
 class Pacing:
-    """Learns with `observe`, answers with `allowance`. Without measurements there is no bound."""
+    """Learns with `observe`, answers with `allowance`. Without measurements only bursts are bounded."""
 
     def __init__(self) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step without prompts, by its tokens
@@ -61,16 +63,20 @@ class Pacing:
         return self._quiet[largest] * decode_tokens / largest
 
     def allowance(self, decode_tokens: int, decoding: int, newcomers: int) -> int | None:
-        """The most prompt tokens beside `decoding` streams; None: no bound.
+        """The most prompt tokens beside `decoding` streams (or none); None: no bound.
 
         A burst goes first: where half as many sequences as are decoding, and more than one, wait for their first
-        token, holding these back would cost more than the pause.
+        token, holding these back would cost more than the pause. It goes in pieces, though, so that whoever came
+        first is answered first, not all of them together at the end.
         """
+        cost = self._prompt_token
+        if newcomers >= max(decoding / 2, 2):
+            return max(BURST_FEWEST, int(BURST_SECONDS / cost)) if cost else BURST_FEWEST
         quiet = self.quiet_seconds(decode_tokens)
-        if not decoding or newcomers >= max(decoding / 2, 2) or not quiet or not self._prompt_token:
+        if not decoding or not quiet or not cost:
             return None
         # A decode token never costs less than a prompt's.
-        worth = max(quiet / self._prompt_token, decode_tokens)
+        worth = max(quiet / cost, decode_tokens)
         return max(FEWEST, int((STRETCH - 1) * worth))
 
 

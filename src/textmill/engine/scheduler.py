@@ -192,7 +192,7 @@ class Scheduler:
         bounds = [self._budget - plan.decode_tokens]
         if decoding and self._beside_decode is not None:
             bounds.append(self._beside_decode)
-        if decoding and self._pacing is not None and (len(self.running) > decoding or self.waiting):
+        if self._pacing is not None and (len(self.running) > decoding or self.waiting):
             everybody = (*self.running, *self.waiting)
             newcomers = sum(not one.started and one.last_step != plan.number for one in everybody)
             paced = self._pacing.allowance(plan.decode_tokens, decoding, newcomers)
