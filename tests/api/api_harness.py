@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from textmill.api.engine import Take
 from textmill.api.permits import LocalPermits
 from textmill.api.state import RouterState
 from textmill.core import Emission, EngineInfo, Finish, Request, TokenChoice
@@ -85,6 +86,7 @@ class ScriptedEngine:
     closed: list[int] = field(default_factory=list)
     gate: asyncio.Semaphore | None = None
     pace: float = 0.0
+    taken: int = 0  # emissions that went out at once
     figures: dict[str, float] = field(default_factory=dict)
 
     def says(self, text: str, finish: Finish = Finish.EOS, logprob: float = -0.5) -> None:
@@ -116,7 +118,7 @@ class ScriptedEngine:
     async def stats(self) -> dict[str, float]:
         return self.figures
 
-    async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+    async def generate(self, request: Request, take: Take | None = None) -> AsyncGenerator[Emission, None]:
         assert self.script is not None
         self.requests.append(request)
         finished = False
@@ -126,6 +128,9 @@ class ScriptedEngine:
                     await self.gate.acquire()
                 await asyncio.sleep(self.pace)
                 finished = emission.finish is not Finish.NONE
+                if take is not None and take(emission):
+                    self.taken += 1
+                    continue
                 yield emission
         finally:
             self.closed.append(request.id)

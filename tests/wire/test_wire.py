@@ -22,7 +22,7 @@ from textmill.engine.engine import Engine
 from textmill.engine.scheduler import EngineSettings
 from textmill.errors import GenerationFailed, TextmillError, Unhealthy
 from textmill.wire import engine_pb2 as pb
-from textmill.wire.client import EngineClient
+from textmill.wire.client import EngineClient, Inbox
 from textmill.wire.convert import submit_from_request
 from textmill.wire.names import SERVICE, address
 from textmill.wire.server import run_engine_server
@@ -406,3 +406,47 @@ def test_client_imports_no_torch() -> None:
     script = "import textmill.wire.client, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "False False\n"
+
+
+async def test_take_is_offered_what_somebody_waits_for() -> None:
+    offered: list[int] = []
+
+    def take(emission: Emission) -> bool:
+        offered.append(emission.request_id)
+        if emission.request_id == 9:
+            raise ValueError("boom")
+        return emission.request_id % 2 == 0
+
+    inbox = Inbox(take)
+    inbox.put(Emission(0))  # nobody waits yet
+    assert (await inbox.get()).request_id == 0
+    waiting = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    for id_ in (2, 4, 5, 6):
+        inbox.put(Emission(id_))
+    assert offered == [2, 4, 5]  # behind one that was not taken the others queue up
+    assert (await waiting).request_id == 5
+    assert (await inbox.get()).request_id == 6
+    waiting = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    inbox.put(Emission(9))
+    with pytest.raises(ValueError, match="boom"):
+        await waiting
+
+
+async def test_emissions_are_taken_over_the_wire_in_order(tmp_path: Path) -> None:
+    async with served(tmp_path, seconds=0.001) as server, connected(server.socket) as client:
+        asked, tokens, last = request(3, new=60), [], None
+
+        def take(emission: Emission) -> bool:
+            if emission.finish or len(tokens) % 5 == 4:
+                return False
+            tokens.extend(one.id for one in emission.tokens)
+            return True
+
+        async for last in client.generate(asked, take):
+            tokens.extend(one.id for one in last.tokens)
+        assert tokens == answer(asked)
+        assert last is not None
+        assert last.finish is Finish.LENGTH
+        await server.rests()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
@@ -19,7 +19,7 @@ from textmill.api.exchange import SlowReader
 from textmill.api.generation import Generation, TokenStep
 from textmill.api.state import RouterState
 from textmill.api.validation import Prompt
-from textmill.core import Emission, Sampling
+from textmill.core import Emission, Finish, Sampling
 from textmill.errors import (
     Draining,
     GenerationFailed,
@@ -83,6 +83,14 @@ class Times:
         return 0.0 if self.batched is None else self.ended() - self.batched
 
 
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where steps can go at once: `write` them, but only while `ready`."""
+
+    ready: Callable[[], bool]
+    write: Callable[[list[TokenStep]], None]
+
+
 class Sequence:
     """One engine request, from its submission to its one terminal record in the ledger."""
 
@@ -91,11 +99,16 @@ class Sequence:
         self.sampling = sampling
         self.prompt = prompt
         self.last: float | None = None
+        self.outlet: Outlet | None = None
+        self.taken: list[TokenStep] | None = None  # what `_at_once` made of an emission that it left to `steps`
         seed = sampling.seed if sampling.draws else None
         self.generation = Generation(call.state.tokenizer, prompt, seed, keep)
 
-    async def steps(self) -> AsyncGenerator[list[TokenStep], None]:
-        """The tokens as they come; the engine is done with the sequence before the last of them is given out."""
+    async def steps(self, outlet: Outlet | None = None) -> AsyncGenerator[list[TokenStep], None]:
+        """The tokens as they come; the engine is done with the sequence before the last of them is given out.
+
+        While `outlet` is ready, tokens that end nothing go there the moment they arrive, and not through the generator.
+        """
         state = self.call.state
         request_id = next(state.ids)
         request = self.prompt.request(request_id, self.sampling, state.eos_ids, self.call.salt)
@@ -104,7 +117,9 @@ class Sequence:
         outcome: Outcome = "failed"
         last: list[TokenStep] = []
         try:
-            source = cast(AsyncGenerator[Emission, None], state.engine.generate(request))
+            self.outlet = outlet
+            take = None if outlet is None else self._at_once
+            source = cast(AsyncGenerator[Emission, None], state.engine.generate(request, take))
             async with aclosing(source) as emissions:
                 async for emission in emissions:
                     last = self._take(emission)
@@ -124,8 +139,26 @@ class Sequence:
             ledger.close(request_id, outcome)
         yield last
 
+    def _at_once(self, emission: Emission) -> bool:
+        """Send a token on its way without waking the task that waits for it; False: this one is that task's."""
+        outlet = self.outlet
+        if outlet is None or emission.finish is not Finish.NONE or not outlet.ready():
+            return False
+        steps = self._take(emission)
+        if self.generation.finish is not None:  # a stop string: the task ends the sequence
+            self.taken = steps
+            return False
+        if steps:
+            given = thread_time()
+            outlet.write(steps)
+            self.call.state.metrics.step_seconds.add(thread_time() - given, ("http",))
+        return True
+
     def _take(self, emission: Emission) -> list[TokenStep]:
         """Clock an emission in, and turn it into steps."""
+        if self.taken is not None:
+            steps, self.taken = self.taken, None
+            return steps
         metrics, times, began = self.call.state.metrics, self.call.times, thread_time()
         steps = self.generation.push(emission)
         metrics.step_seconds.add(thread_time() - began, ("text",))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from textmill.core import Emission, EngineInfo, Request
+
+Take = Callable[[Emission], bool]
+"""Is offered an emission the moment it is there; True: it is dealt with."""
 
 
 class EngineHealth(Protocol):
@@ -23,7 +26,8 @@ class EngineHealth(Protocol):
 
 class EngineClient(Protocol):
     """A connection to one engine. `generate` is an async generator that ends after an emission whose `finish` is set;
-    closing it earlier cancels the request."""
+    closing it earlier cancels the request. While somebody waits for its next emission, `take` is offered it first, at
+    once and without a switch of tasks; what `take` raises, the generator raises."""
 
     @property
     def connected(self) -> bool: ...
@@ -34,4 +38,4 @@ class EngineClient(Protocol):
 
     async def stats(self) -> dict[str, float]: ...
 
-    def generate(self, request: Request) -> AsyncIterator[Emission]: ...
+    def generate(self, request: Request, take: Take | None = None) -> AsyncIterator[Emission]: ...

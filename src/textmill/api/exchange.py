@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -26,10 +26,22 @@ Ending = Callable[[TextmillError], Awaitable[None]]
 SEND_LIMIT = 30.0  # seconds a client may leave our bytes unread
 LINGER = 2.0  # seconds in which a refused upload is read and thrown away, so that its sender sees the answer
 ABORT = "textmill.abort"  # ASGI extension of our server: cut the connection without flushing
+PIPE = "textmill.pipe"  # and another: a `Pipe`
 TOO_LARGE = "Failed to buffer the request body: length limit exceeded"
 NO_JSON = "Expected request with `Content-Type: application/json`"
 logger = logging.getLogger("textmill.router")
 encoder = msgspec.json.Encoder()
+
+
+class Pipe(Protocol):
+    """The body of an answer that has begun, without ASGI's messages."""
+
+    @property
+    def ready(self) -> bool:
+        """True if the client keeps up, so that a write takes nobody's patience."""
+
+    def write(self, data: bytes) -> None:
+        """One more part of the body; only while `ready`."""
 
 
 class SlowReader(Exception):
@@ -44,6 +56,7 @@ class Exchange:
         self.scope = scope
         self.receive = receive
         self.raw_send = send
+        self.pipe: Pipe | None = scope.get("extensions", {}).get(PIPE)
         self.started = False
         self.ended = False
         self.ending: Ending | None = None  # how an open event stream tells its client of an error

@@ -19,26 +19,46 @@ from textmill.text.tokenizer import Tokenizer
 
 FINISH_NAMES = {Finish.LENGTH: "length", Finish.EOS: "eos_token", Finish.STOP_SEQUENCE: "stop_sequence"}
 FLOAT = struct.Struct("<f")
+FORMS = ("%.6g", "%.7g", "%.8g", "%.9g")
 
 
 def shortest(value: float) -> float | None:
     """The double that prints as the shortest decimal of a 32-bit float; None for what is not finite."""
     if not math.isfinite(value):
         return None
-    for digits in (6, 7, 8, 9):
-        short = float(f"{value:.{digits}g}")
-        if FLOAT.pack(short) == FLOAT.pack(value):
+    wanted = FLOAT.pack(value)
+    for form in FORMS:
+        short = float(form % value)
+        if FLOAT.pack(short) == wanted:
             return short
     return value
 
 
 @dataclass(slots=True)
 class TokenStep:
-    """One token as clients see it. `text` is what it adds to the visible text (special tokens add nothing)."""
+    """One token as clients see it; the parts that only some of them ask for are made when they are.
 
-    token: Token
-    top: list[Token]
+    `piece` is its own text, `text` what it adds to the visible text (special tokens add nothing).
+    """
+
+    tokenizer: Tokenizer
+    choice: TokenChoice
+    piece: str
     text: str
+    special: bool
+
+    @property
+    def token(self) -> Token:
+        return Token(self.choice.id, self.piece, shortest(self.choice.logprob), self.special)
+
+    @property
+    def top(self) -> list[Token]:
+        """The best alternatives."""
+        tokenizer = self.tokenizer
+        return [
+            Token(one, tokenizer.token_text(one), shortest(logprob), tokenizer.is_special(one))
+            for one, logprob in self.choice.top
+        ]
 
 
 @dataclass(slots=True)
@@ -106,12 +126,7 @@ class Generation:
             piece, self.matched = self.matcher.push_piece(piece)
         if piece.visible:
             self.pieces.append(piece.visible)
-        token = Token(choice.id, piece.text, shortest(choice.logprob), self.tokenizer.is_special(choice.id))
-        return TokenStep(token, [self._alternative(*one) for one in choice.top], piece.visible)
-
-    def _alternative(self, token_id: int, logprob: float) -> Token:
-        tokenizer = self.tokenizer
-        return Token(token_id, tokenizer.token_text(token_id), shortest(logprob), tokenizer.is_special(token_id))
+        return TokenStep(self.tokenizer, choice, piece.text, piece.visible, self.tokenizer.is_special(choice.id))
 
     def _end(self, emission: Emission, new: list[TokenStep]) -> None:
         """The last emission: text held back for incomplete characters comes out with the last token."""
@@ -121,11 +136,11 @@ class Generation:
         tail, self.matched = self.matcher.push(self.decoder.flush())
         self.pieces.append(tail)
         if not new:  # an end without a token: an empty one carries the end of the stream
-            new.append(TokenStep(Token(self.prompt.ids[-1], "", None, False), [], ""))
+            new.append(TokenStep(self.tokenizer, TokenChoice(self.prompt.ids[-1], math.nan), "", "", False))
         last = new[-1]
         last.text += tail
-        if not last.token.special:
-            last.token.text += tail
+        if not last.special:
+            last.piece += tail
 
     def prefill(self) -> list[PrefillToken]:
         """The prompt's tokens with their log-probabilities, where they were asked for."""

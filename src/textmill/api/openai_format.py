@@ -20,7 +20,7 @@ from textmill.api.openai_schema import (
     TopLogprob,
     Usage,
 )
-from textmill.api.sse import frame
+from textmill.api.sse import Mould, frame
 from textmill.errors import IncompleteGeneration
 
 
@@ -59,6 +59,7 @@ class ChatFormat:
     def __init__(self, heading: Heading, logprobs: bool) -> None:
         self.heading = heading
         self.logprobs = logprobs
+        self.moulds: dict[int, Mould] = {}
 
     def whole(self, generations: list[Generation], prompt_tokens: int) -> ChatCompletion:
         choices = [
@@ -83,14 +84,22 @@ class ChatFormat:
         """One chunk per token; the last token's carries the reason."""
         ended = generation.finish is not None
         return b"".join(
-            frame(self._chunk(index, step, openai_reason(generation) if ended and step is steps[-1] else None))
-            for step in steps
+            [
+                self._frame(index, step, openai_reason(generation) if ended and step is steps[-1] else None)
+                for step in steps
+            ]
         )
 
-    def _chunk(self, index: int, step: TokenStep, reason: str | None) -> ChatChunk:
-        logprobs = logprobs_of([step]) if self.logprobs else None
-        choice = ChunkChoice(index, AnswerMessage(content=step.text), logprobs, reason)
-        return self._with([choice])
+    def _frame(self, index: int, step: TokenStep, reason: str | None) -> bytes:
+        if self.logprobs or reason is not None:
+            return frame(self._chunk(index, step.text, logprobs_of([step]) if self.logprobs else None, reason))
+        mould = self.moulds.get(index)
+        if mould is None:
+            mould = self.moulds[index] = Mould(lambda text: self._chunk(index, text))
+        return mould.frame(step.text)
+
+    def _chunk(self, index: int, text: str, logprobs: Logprobs | None = None, reason: str | None = None) -> ChatChunk:
+        return self._with([ChunkChoice(index, AnswerMessage(content=text), logprobs, reason)])
 
     def _with(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         head = self.heading
@@ -111,6 +120,7 @@ class CompletionFormat:
 
     def __init__(self, heading: Heading) -> None:
         self.heading = heading
+        self.moulds: dict[int, Mould] = {}
 
     def whole(self, choices: list[CompletionChoice], usage: Usage) -> Completion:
         head = self.heading
@@ -126,19 +136,25 @@ class CompletionFormat:
         """One chunk per token; the last one of a choice names the raw reason and its usage."""
         ended = generation.finish is not None
         return b"".join(
-            self._last(index, step, generation) if ended and step is steps[-1] else self._chunk(index, step)
-            for step in steps
+            [
+                self._last(index, step, generation) if ended and step is steps[-1] else self._frame(index, step)
+                for step in steps
+            ]
         )
 
-    def _chunk(self, index: int, step: TokenStep) -> bytes:
+    def _frame(self, index: int, step: TokenStep) -> bytes:
+        mould = self.moulds.get(index)
+        if mould is None:
+            mould = self.moulds[index] = Mould(lambda text: self._chunk(index, text))
+        return mould.frame(step.text)
+
+    def _chunk(self, index: int, text: str) -> CompletionChunk:
         head = self.heading
-        return frame(
-            CompletionChunk(
-                created=head.created,
-                model=head.model,
-                system_fingerprint=head.system_fingerprint,
-                choices=[CompletionChoice(index=index, text=step.text, finish_reason="")],
-            )
+        return CompletionChunk(
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=[CompletionChoice(index=index, text=text, finish_reason="")],
         )
 
     def _last(self, index: int, step: TokenStep, generation: Generation) -> bytes:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, aclosing
 
 import msgspec
 
-from textmill.api.calls import Call, Sequence, all_or_none
+from textmill.api.calls import Call, Outlet, Sequence, all_or_none
 from textmill.api.chat_prompt import chat_parameters, completion_parameters, refuse_unbuilt, templated
 from textmill.api.decoding import decode
 from textmill.api.exchange import ClientWatch, Exchange
@@ -89,9 +89,11 @@ async def _chat_stream(exchange: Exchange, call: Call, body: ChatRequest, text: 
 async def _send_all(events: EventStream, sequences: list[Sequence], style: ChatFormat | CompletionFormat) -> None:
     """Every sequence's steps as events, until all have ended."""
     if len(sequences) == 1:
-        async with aclosing(sequences[0].steps()) as steps:
+        generation = sequences[0].generation
+        outlet = Outlet(events.ready, lambda new: events.push(style.frames(0, generation, new)))
+        async with aclosing(sequences[0].steps(outlet)) as steps:
             async for new in steps:
-                await events.send(style.frames(0, sequences[0].generation, new))
+                await events.send(style.frames(0, generation, new))
         return
     async with aclosing(interleaved(sequences)) as items:
         async for place, new in items:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from textmill.api.app import create_app
 from textmill.api.engine import EngineClient
-from textmill.api.exchange import ABORT
+from textmill.api.exchange import ABORT, PIPE
 from textmill.api.peers import serve_snapshots
 from textmill.api.permits import LocalPermits, PipePermits
 from textmill.api.state import RouterState
@@ -52,8 +52,24 @@ class Place:
         return f"{self.engine_socket}.router-{index}"
 
 
+class ChunkPipe:
+    """Chunks of one uvicorn answer, straight into its connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self.cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self.cycle
+        begun = cycle.chunked_encoding and not cycle.response_complete
+        return bool(begun and not cycle.flow.write_paused and not cycle.disconnected)
+
+    def write(self, data: bytes) -> None:
+        self.cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with bounded headers, and a way for the app to cut a connection."""
+    """uvicorn's HTTP protocol with bounded headers, and ways for the app to cut a connection, and to write to it."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -67,6 +83,12 @@ class Protocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
         super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not None and self.cycle is not before:  # the app runs later
+            self.scope["extensions"][PIPE] = ChunkPipe(self.cycle)  # type: ignore[assignment]
 
     def _count(self, size: int) -> None:
         """Raising here makes the parser answer 400 and close."""

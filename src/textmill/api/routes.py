@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 from msgspec import UNSET
 
-from textmill.api.calls import Call, Sequence, Times
+from textmill.api.calls import Call, Outlet, Sequence, Times
 from textmill.api.decoding import decode
 from textmill.api.exchange import ClientWatch, Exchange
 from textmill.api.generation import Generation, TokenStep
@@ -153,7 +153,8 @@ async def stream(exchange: Exchange, body: GenerateRequest) -> None:
             prompt = await validate(state, body.inputs, body.parameters)
             [sequence] = call.queue(prompt, keep=False)
             formatter = NativeEvents(sequence, body)
-            async with aclosing(sequence.steps()) as steps:
+            outlet = Outlet(events.ready, lambda new: events.push(formatter.frames(new)))
+            async with aclosing(sequence.steps(outlet)) as steps:
                 async for new in steps:
                     await events.send(formatter.frames(new))
 
@@ -170,7 +171,7 @@ class NativeEvents:
 
     def frames(self, steps: list[TokenStep]) -> bytes:
         ended = self.generation.finish is not None
-        return b"".join(self._frame(step, ended and step is steps[-1]) for step in steps)
+        return b"".join([self._frame(step, ended and step is steps[-1]) for step in steps])
 
     def _frame(self, step: TokenStep, last: bool) -> bytes:
         self.index += 1

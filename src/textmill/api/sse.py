@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Literal
+from uuid import uuid4
 
 from textmill.api.exchange import Exchange, Headers, encoder
 from textmill.api.schema import ErrorResponse
@@ -13,6 +15,7 @@ from textmill.errors import IncompleteGeneration, TextmillError
 
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment shows that we are still there
 DONE = b"data: [DONE]\n\n"
+MARK = uuid4().hex  # occurs in no event
 Style = Literal["native", "openai"]
 HEADERS = (
     (b"content-type", b"text/event-stream"),
@@ -24,6 +27,16 @@ HEADERS = (
 def frame(value: object) -> bytes:
     """One event: `data:`, one space, JSON, a blank line."""
     return b"data: " + encoder.encode(value) + b"\n\n"
+
+
+class Mould:
+    """Events that differ in one string only: what stands around it is encoded once."""
+
+    def __init__(self, event: Callable[[str], object]) -> None:
+        self.before, self.after = frame(event(MARK)).split(encoder.encode(MARK))
+
+    def frame(self, text: str) -> bytes:
+        return self.before + encoder.encode(text) + self.after
 
 
 class EventStream:
@@ -54,6 +67,17 @@ class EventStream:
         """Write whole events. A slow client holds this back; what the engine sends meanwhile goes out together."""
         self.last = monotonic()
         await self.exchange.write(frames)
+
+    def ready(self) -> bool:
+        """True if `push` may be used: the client keeps up."""
+        pipe = self.exchange.pipe
+        return pipe is not None and pipe.ready
+
+    def push(self, frames: bytes) -> None:
+        """Write whole events at once, without waiting for anything; only while `ready`."""
+        assert self.exchange.pipe is not None
+        self.last = monotonic()
+        self.exchange.pipe.write(frames)
 
     async def _keep_alive(self) -> None:
         while True:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from textmill.text.tokenizer import Tokenizer
 
@@ -14,8 +13,7 @@ _LONGEST_HOLD = 8  # tokens: a character has at most four bytes, so what is stil
 _REPLACEMENT = "\ufffd"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token added: `text` with special tokens spelled out, `visible` without them (generated_text)."""
 
     text: str
@@ -27,6 +25,11 @@ class _Decoder(Protocol):
 
     def flush(self) -> str: ...
 
+    @property
+    def holds(self) -> bool:
+        """True while something pushed has not come out."""
+        ...
+
 
 class StreamDecoder:
     """Decodes one generated sequence. The visible pieces and `flush()` add up to the whole generated text."""
@@ -34,6 +37,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._all, self._visible = self._decoders(prompt_ids)
+        self._whole = tokenizer.is_byte_level  # nothing is held back, and tokens' bytes are their text
 
     def _decoders(self, prompt_ids: Sequence[int]) -> tuple[_Decoder, _Decoder]:
         tokenizer = self._tokenizer
@@ -44,10 +48,19 @@ class StreamDecoder:
         return _WindowDecoder(tokenizer, tail), _WindowDecoder(tokenizer, shown)
 
     def push(self, token_id: int) -> Piece:
+        if self._whole:
+            try:
+                text = self._tokenizer.token_bytes(token_id).decode()
+            except UnicodeDecodeError:  # a part of a character
+                return self._push(token_id)
+            return Piece(text, "" if self._tokenizer.is_special(token_id) else text)
+        return self._push(token_id)
+
+    def _push(self, token_id: int) -> Piece:
         text = self._all.push(token_id)
-        if self._tokenizer.is_special(token_id):
-            return Piece(text, "")
-        return Piece(text, self._visible.push(token_id))
+        visible = "" if self._tokenizer.is_special(token_id) else self._visible.push(token_id)
+        self._whole = self._tokenizer.is_byte_level and not (self._all.holds or self._visible.holds)
+        return Piece(text, visible)
 
     def flush(self) -> str:
         """At the end: the visible text still held back (a broken character, as U+FFFD), or ""."""
@@ -62,6 +75,10 @@ class _ByteDecoder:
         self._bytes_of = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held or self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
         text = self._held + self._utf8.decode(self._bytes_of(token_id))
@@ -85,6 +102,10 @@ class _WindowDecoder:
         self._window = context
         self._before = self._decode()
         self._held = 0
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=False)

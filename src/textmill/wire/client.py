@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from textmill.core import Emission, EngineInfo, Request
 from textmill.engine.stats import Health
-from textmill.errors import GenerationFailed, TextmillError, Unhealthy
+from textmill.errors import GenerationFailed, Unhealthy
 from textmill.wire import engine_pb2 as pb
 from textmill.wire.convert import (
     emissions_from_batch,
@@ -37,10 +37,43 @@ if TYPE_CHECKING:  # only the stubs know these as generic types
     ServeMethod = grpc.aio.StreamStreamMultiCallable[pb.RouterMessage, pb.StepBatch]
     Stream = grpc.aio.StreamStreamCall[pb.RouterMessage, pb.StepBatch]
 Reply = TypeVar("Reply", bound=Message)
-Inbox = asyncio.Queue[Emission | TextmillError]
+Take = Callable[[Emission], bool]
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 TOKENS_PER_MESSAGE = 2_000_000  # at most 5 bytes each: well under the message limit
 PIXEL_BYTES_PER_TOKEN = 4  # of pictures, which count among the tokens
+
+
+class Inbox:
+    """What has come for one request. While somebody waits for it, `take` is offered each emission first."""
+
+    def __init__(self, take: Take | None) -> None:
+        self._take = take
+        self._items: deque[Emission | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Emission | Exception) -> None:
+        if self._take is not None and self._waiter is not None and not self._items and isinstance(item, Emission):
+            try:
+                if self._take(item):
+                    return
+            except Exception as error:  # noqa: BLE001 - fault boundary: it fails its own request, and no other
+                item = error
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Emission:
+        """The next emission; raises what was put in its place."""
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 class EngineClient:
@@ -88,9 +121,10 @@ class EngineClient:
     async def stats(self) -> dict[str, float]:
         return stats_from_reply(await self._ask("Stats", pb.StatsRequest(), pb.StatsReply))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+    async def generate(self, request: Request, take: Take | None = None) -> AsyncGenerator[Emission, None]:
         """Emissions of one request, the last one with a finish; leaving early cancels it at the engine.
 
+        While the generator waits, `take` is offered each emission first; one that it takes does not come out here.
         `request.id` is ignored. A request that fails alone ends with a `Finish.FAILED` emission. Raises Unhealthy if
         there is no engine to submit to, GenerationFailed if the engine is lost on the way.
         """
@@ -99,13 +133,11 @@ class EngineClient:
         self._last_id += 1
         id_ = self._last_id
         self._submits.append(submit_from_request(replace(request, id=id_)))
-        inbox = self._inboxes[id_] = Inbox()
+        inbox = self._inboxes[id_] = Inbox(take)
         self._outgoing.set()
         try:
             while True:
                 item = await inbox.get()
-                if isinstance(item, TextmillError):
-                    raise item
                 yield item
                 if item.finish:
                     return
@@ -122,19 +154,20 @@ class EngineClient:
 
     def _dispatch(self, batch: pb.StepBatch) -> None:
         started = time.thread_time()
-        for emission in emissions_from_batch(batch):
+        emissions = emissions_from_batch(batch)
+        self.on_received(time.thread_time() - started)
+        for emission in emissions:
             inbox = self._inboxes.get(emission.request_id)
             if inbox is None:
                 continue  # left before this came
-            inbox.put_nowait(emission)
             if emission.finish:
                 del self._inboxes[emission.request_id]
-        self.on_received(time.thread_time() - started)
+            inbox.put(emission)
 
     def _fail_all(self, text: str) -> None:
         inboxes, self._inboxes = self._inboxes, {}
         for inbox in inboxes.values():
-            inbox.put_nowait(GenerationFailed(text))
+            inbox.put(GenerationFailed(text))
 
     # The stream
 

@@ -104,9 +104,13 @@ def batch_from_emissions(step: int, emissions: Iterable[Emission]) -> pb.StepBat
 
 def emissions_from_batch(batch: pb.StepBatch) -> list[Emission]:
     """One emission per request in the batch, in the order of first mention; its rows in their order."""
+    ids = batch.ids[:]
+    if not batch.extras and len(set(ids)) == len(ids):
+        rows = zip(ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
+        return [_emission_of_row(*row, None) for row in rows]
     extras = {extra.row: extra for extra in batch.extras}
     merged: dict[int, Emission] = {}
-    columns = zip(batch.ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
+    columns = zip(ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
     for row, (id_, token, logprob, finish) in enumerate(columns):
         emission = _emission_of_row(id_, token, logprob, finish, extras.get(row))
         earlier = merged.get(id_)
