@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from textmill.cli.ranks import RankProcesses
     from textmill.core import EngineInfo
     from textmill.engine.engine import Engine
+    from textmill.runner.native_runner import NativeRunner
     from textmill.runner.runner import LocalRunner
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,9 @@ def build(handed: Handed, status: StatusPipe, ranks: RankProcesses | None = None
     return Engine(runner, settings), info
 
 
-def build_runner(handed: Handed, status: StatusPipe, ranks: RankProcesses | None) -> tuple[LocalRunner, EngineInfo]:
+def build_runner(
+    handed: Handed, status: StatusPipe, ranks: RankProcesses | None
+) -> tuple[LocalRunner | NativeRunner, EngineInfo]:
     from textmill.weights.source import ModelSource
 
     source = ModelSource(**(handed.source | {"path": Path(handed.source["path"])}))

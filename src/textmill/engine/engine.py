@@ -22,6 +22,8 @@ from textmill.engine.suited import suited
 
 log = logging.getLogger(__name__)
 
+HOLD_NS = 5_000_000  # tokens that come faster than this leave together: nobody reads so fast, and every message costs
+
 
 class RunnerDied(Exception):
     """The runner says that no later step can succeed."""
@@ -41,6 +43,9 @@ class Engine:
         self._scheduler = Scheduler(runner.limits, settings, self._counters)
         self._steps_ahead = settings.steps_ahead
         self._in_flight: deque[Step] = deque()
+        self._outgoing: dict[Sink, list[Emission]] = {}  # what the last steps brought
+        self._urgent = False  # whether an end or a first token is among it
+        self._handed_ns = 0
         self._wake = threading.Condition()  # guards everything below
         self._ledger = Ledger()
         self._live: dict[int, Sequence] = {}
@@ -97,9 +102,9 @@ class Engine:
             self._draining = True
 
     def wait_idle(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is live; False if that took longer than `timeout` seconds."""
+        """Wait until nothing is live and all is handed over; False if that took longer than `timeout` seconds."""
         with self._wake:
-            return self._wake.wait_for(lambda: not self._live, timeout)
+            return self._wake.wait_for(lambda: not self._live and not self._outgoing, timeout)
 
     def stop(self, timeout: float = 5.0) -> None:
         """End the thread after the step in flight, fail what is live, close the runner."""
@@ -173,6 +178,7 @@ class Engine:
                 self._turn()
             while self._in_flight:
                 self._digest_oldest()
+            self._hand_over()
         except Exception as error:  # fault boundary: the thread's last word must reach every live request
             log.exception("the engine failed")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
@@ -180,14 +186,24 @@ class Engine:
             self.on_failure(self.failure)
 
     def _turn(self) -> None:
-        """Schedule, run, update: the step just launched runs while the one before it is digested."""
+        """Schedule, run, update: the step just launched runs while the one before it is digested.
+
+        What a step brought is handed over after the next one is launched, if that takes no time: whoever gets it wakes
+        up and wants the interpreter, too.
+        """
         step = self._plan()
+        if step is not None and (step.admissions or step.releases):
+            self._hand_over()
         launched = step is not None and self._launch(step)
+        if step is None or not launched or not self._can_wait(step):
+            self._hand_over()
         if self._in_flight and (not launched or len(self._in_flight) > self._steps_ahead):
             self._digest_oldest()
 
     def _take_arrivals(self) -> bool:
         """Sleep until there is something to do, let in what came; False if the engine shall stop."""
+        if not self._scheduler.busy:
+            self._hand_over()
         with self._wake:
             while not (self._arrived or self._cancels or self._stopping or self._in_flight or self._scheduler.busy):
                 self._wake.wait()
@@ -226,6 +242,7 @@ class Engine:
             return
         begin, ran = time.perf_counter(), time.thread_time()
         prefill = self._scheduler.is_prefill(step)
+        self._urgent |= prefill
         self._deliver(self._scheduler.update(step, result))
         self._counters.step_digested(time.perf_counter() - begin, prefill)
         self._counters.update_seconds += time.thread_time() - ran
@@ -238,20 +255,32 @@ class Engine:
             raise RunnerDied(str(error))
 
     def _deliver(self, events: list[Event]) -> None:
-        """Balance the ledger, then hand each router its emissions of this step in one piece."""
-        batches: dict[Sink, list[Emission]] = {}
+        """Balance the ledger; the emissions of a router leave in one piece with the next `_hand_over`."""
         with self._wake:
             self._progress_ns = time.monotonic_ns()
             for sequence, emission in events:
-                batches.setdefault(sequence.owner, []).append(emission)
+                self._outgoing.setdefault(sequence.owner, []).append(emission)
                 if emission.finish:
+                    self._urgent = True
                     self._close(sequence, emission.finish)
+
+    def _can_wait(self, step: Step) -> bool:
+        """Whether what is ready may leave with what `step` brings: ends and first tokens never do."""
+        recent = time.monotonic_ns() - self._handed_ns < HOLD_NS
+        return recent and not self._urgent and not self._scheduler.is_prefill(step)
+
+    def _hand_over(self) -> None:
+        if not self._outgoing:
+            return
+        self._handed_ns, self._urgent = time.monotonic_ns(), False
+        for sink, emissions in self._outgoing.items():
+            self._give(sink, emissions)
+        with self._wake:
+            self._outgoing = {}
             if not self._live:
                 self._wake.notify_all()
-        for sink, emissions in batches.items():
-            self._hand_over(sink, emissions)
 
-    def _hand_over(self, sink: Sink, emissions: list[Emission]) -> None:
+    def _give(self, sink: Sink, emissions: list[Emission]) -> None:
         try:
             sink(self._counters.steps, emissions)
         except Exception:  # fault boundary: a sink that broke takes only its own requests along
@@ -273,3 +302,4 @@ class Engine:
         with self._wake:
             live = list(self._live.values())
         self._deliver([(s, Emission(s.request.id, finish=Finish.FAILED, error=text)) for s in live])
+        self._hand_over()

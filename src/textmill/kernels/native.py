@@ -20,6 +20,7 @@ from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
 from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec, ConvolutionSpec, ExpertsSpec, ScanSpec
+from textmill.kernels.step_arrays import StepArrays as StepArrays
 
 try:
     from textmill import _native
@@ -46,26 +47,6 @@ def set_instruction_set(name: str) -> bool:
 def set_threads(count: int) -> int:
     """Threads that native work may use, the caller's included; 0: all cores we may use. Returns how many there are."""
     return int(_native.set_threads(count))
-
-
-@dataclass(frozen=True, slots=True)
-class StepArrays:
-    """What a step brought; the arrays belong to the caller.
-
-    One entry per work item; several, side by side, where several rows sample. token: -1 where none was chosen or
-    where a guess before it was wrong. error: 1 = the row's logits hold NaN or +Inf, 2 = its sampling parameters are
-    senseless. top_ids, top_logprobs [n, widest top_n], the first top_count[i] of a row are filled.
-    prompt_logprobs: per row of the step, NaN where not asked for or where the next token was not known; empty if
-    nobody asked.
-    """
-
-    token: NDArray[np.int32]
-    logprob: NDArray[np.float32]
-    error: NDArray[np.uint8]
-    top_count: NDArray[np.int32]
-    top_ids: NDArray[np.int32]
-    top_logprobs: NDArray[np.float32]
-    prompt_logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,24 +295,34 @@ class Program:
         every_row: bool,
         placed: Placed | None,
     ) -> StepArrays:
+        out = self.room_for(work)
+        started = time.perf_counter()
+        self._native.run(
+            np.ascontiguousarray(work, np.int32), *out.columns(), logits, sample, every_row, *(placed or (None, None))
+        )
+        self.compute_seconds += time.perf_counter() - started
+        return out
+
+    def room_for(self, work: NDArray[np.int32]) -> StepArrays:
+        """Arrays for the results of a step, as large as its work and its slots want them."""
         count, slots = int(np.maximum(work[:, 3], 1).sum()), work[:, 0]
         known = slots[(slots >= 0) & (slots < self.max_slots)]
-        width = int(self.top_n[known].max(initial=0))
+        width = min(int(self.top_n[known].max(initial=0)), self.max_top_n)
         rows = int(work[:, 2].sum()) if self.prompt_logprobs[known].any() else 0
-        out = StepArrays(
+        return StepArrays(
             np.empty(count, np.int32),
             np.empty(count, np.float32),
             np.empty(count, np.uint8),
             np.empty(count, np.int32),
-            np.empty((count, min(width, self.max_top_n)), np.int32),
-            np.empty((count, min(width, self.max_top_n)), np.float32),
+            np.empty((count, width), np.int32),
+            np.empty((count, width), np.float32),
             np.empty(max(rows, 0), np.float32),
         )
-        arrays = (out.token, out.logprob, out.error, out.top_count, out.top_ids, out.top_logprobs, out.prompt_logprobs)
-        started = time.perf_counter()
-        self._native.run(np.ascontiguousarray(work, np.int32), *arrays, logits, sample, every_row, *(placed or ()))
-        self.compute_seconds += time.perf_counter() - started
-        return out
+
+    @property
+    def handle(self) -> Any:
+        """By which other native objects refer to the program."""
+        return self._native
 
     def set_profiling(self, enabled: bool) -> None:
         """Whether steps take the time of every operation."""

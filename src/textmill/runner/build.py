@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textmill import __version__
 from textmill.config import Settings
@@ -28,6 +28,9 @@ from textmill.weights.config import ModelConfig
 from textmill.weights.source import ModelSource
 from textmill.weights.view import View
 
+if TYPE_CHECKING:
+    from textmill.runner.native_runner import NativeRunner
+
 BLOCK_SIZE = 16
 # Rows of one step on the CPU: enough to reuse every weight while it is in cache, few enough to keep steps short.
 CPU_STEP_ROWS = 512
@@ -47,7 +50,9 @@ class Shape:
     threads: int
 
 
-def build_runner(settings: Settings, source: ModelSource, report: Report) -> tuple[LocalRunner, EngineInfo]:
+def build_runner(
+    settings: Settings, source: ModelSource, report: Report
+) -> tuple[LocalRunner | NativeRunner, EngineInfo]:
     """A warm runner for `source` and what routers need to know of it.
 
     `report(phase, message, **fields)` tells progress. Raises ConfigError or ModelError, whose text the user reads.
@@ -85,8 +90,20 @@ def build_runner(settings: Settings, source: ModelSource, report: Report) -> tup
     seconds = warm_up(executor, limits)
     check_all_read(checkpoint)
     report("warmup", "first step done", seconds=seconds)
-    profiler = profiler_of(executor) if settings.profile else None
-    return LocalRunner(executor, limits, profiler), engine_info(settings, source, c, limits, executor.dtype)
+    return runner_of(settings, executor, limits), engine_info(settings, source, c, limits, executor.dtype)
+
+
+def runner_of(settings: Settings, executor: Executor, limits: RunnerLimits) -> LocalRunner | NativeRunner:
+    """What runs the executor's steps: natively back to back, unless there is more to do than the native call."""
+    if settings.profile:
+        return LocalRunner(executor, limits, profiler_of(executor))
+    from textmill.runner.native_executor import NativeExecutor
+
+    if isinstance(executor, NativeExecutor) and not executor.sees:
+        from textmill.runner.native_runner import NativeRunner
+
+        return NativeRunner(executor, limits)
+    return LocalRunner(executor, limits)
 
 
 def build_hub_runner(settings: Settings, source: ModelSource, report: Report) -> tuple[LocalRunner, EngineInfo]:

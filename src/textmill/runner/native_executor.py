@@ -84,8 +84,10 @@ class NativeExecutor:
         return self.program.compute_seconds
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
-        rows = np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
-        arrays = self.program.run(rows, self.placed(work))
+        return self.answers(work, self.program.run(rows_of(work), self.placed(work)))
+
+    def answers(self, work: Sequence[SlotWork], arrays: StepArrays) -> list[Sampled]:
+        """What a step that ran brought, parallel to its work."""
         choices = choices_of(arrays)
         errors = arrays.error.tolist()
         out: list[Sampled] = []
@@ -101,6 +103,11 @@ class NativeExecutor:
             first_row += item.count
             place += 1 + len(item.draft)
         return out
+
+    @property
+    def sees(self) -> bool:
+        """Whether steps have more to do than the program: images to encode."""
+        return self._seeing is not None
 
     @property
     def progress_ns(self) -> int:
@@ -141,6 +148,11 @@ class Seeing:
             return None
         items = [(one.slot, one.start, one.count) for one in work]
         return self._pictures.rows(items, self._columns, self._encoder)
+
+
+def rows_of(work: Sequence[SlotWork]) -> NDArray[np.int32]:
+    """The work as a program takes it: (slot, start, count, samples) each."""
+    return np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
 
 
 def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:

@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -44,7 +45,12 @@ void futex_wake_all(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVAT
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  for (int i = 1; i < threads; ++i) {
+    workers_.emplace_back([this, i] {
+      pthread_setname_np(pthread_self(), "kernels");
+      work(i);
+    });
+  }
 }
 
 ThreadPool::~ThreadPool() {
