@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "attention_store.h"
 #include "attention_tiles.h"
 #include "simd.h"
 #include "vector.h"
@@ -11,19 +12,10 @@
 namespace textmill {
 namespace TEXTMILL_ISA {
 
-// A number of a key or a value is at most 4095, a weight at most 8192: a tile's 64 products stay below 2^31.
-constexpr int32_t kMostNumber = 4095;
-constexpr int kNumberBits = 12;
-constexpr float kWeightUnit = 8192.0f;
-constexpr float kRoundingTerm = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
 // Query vectors that go through a tile together: what they need stays in the nearest cache.
 constexpr int64_t kBatch = 24;
 // So few vectors wait for memory: what comes next is fetched beside the work on it.
 constexpr int kFew = 4;
-
-// Keys in groups of 16: [dim / 2][16] words, each of the numbers of dimensions d and d + dim / 2.
-// Values in groups of 16: [8][dim] words, each of the numbers of keys j and j + 8.
-// Scales of a group: [16] a key's unit, [16] the largest power of two in a value; the upper halves of floats.
 
 struct FixedScratch {
   int32_t* q;     // [vectors][dim / 2] words, as of keys
@@ -38,60 +30,6 @@ struct FixedScratch {
   float* log;     // [64] the logarithm of the value's power; NaN if it is not finite
   float* over;    // [64] 1 / that power
 };
-
-// What a row of numbers is a multiple of; not finite: NaN.
-struct Power {
-  int32_t exponent;  // of the largest
-  bool finite;
-};
-
-inline Power power_of(const float* x, int64_t count) {
-  f32x8 top = splat(0.0f), poison = top;
-  for (int64_t d = 0; d < count; d += 8) {
-    const f32x8 v = d + 8 <= count ? load(x + d) : load_part(x + d, count - d, 0.0f);
-    top = maximum(magnitude(v), top);
-    poison = fma(v, splat(0.0f), poison);
-  }
-  const float most = largest(top);
-  int32_t word;
-  std::memcpy(&word, &most, 4);
-  return {std::clamp((word >> 23) - 127, -40, 15), sum(poison) == 0.0f};
-}
-inline uint16_t scale_word(Power power, int32_t bits_below) {
-  return power.finite ? static_cast<uint16_t>((power.exponent - bits_below + 127) << 7) : uint16_t{0x7fc0};
-}
-
-// Writes the numbers of a row to to[i * apart], those from `half` on to the upper halves of the words.
-inline void put_numbers(const float* x, int64_t count, Power power, int64_t half, int64_t apart, uint16_t* to) {
-  const f32x8 factor = (f32x8)((splat(kNumberBits - 1 - power.exponent) + 127) << 23), magic = splat(kRoundingTerm);
-  const float most = static_cast<float>(kMostNumber);
-  for (int64_t d = 0; d < count; d += 8) {
-    // Beyond the largest number only where the row is beyond 2^16, or rounds up.
-    const f32x8 v = d + 8 <= count ? load(x + d) : load_part(x + d, count - d, 0.0f);
-    const f32x8 scaled = -maximum(splat(-most), -maximum(splat(-most), v * factor));
-    const i32x8 number = bits(scaled + magic) - bits(magic);
-    for (int64_t i = d; i < d + 8 && i < count; ++i) {
-      to[(i < half ? i * apart : (i - half) * apart + 1)] = static_cast<uint16_t>(number[i - d]);
-    }
-  }
-}
-
-// One row's keys (turned, [kv_heads, dim]) and values ([kv_heads, head_dim]).
-inline void store_fixed(const AttentionSpec& spec, const float* keys, const float* values, const StoreRow& row) {
-  const int64_t dim = spec.dim(), size = spec.block_size, offset = row.position % size;
-  const int64_t group = offset / kKeyLanes, lane = offset % kKeyLanes;
-  for (int64_t h = 0; h < spec.kv_heads; ++h) {
-    uint16_t* k = static_cast<uint16_t*>(row.keys) + (h * size + group * kKeyLanes) * dim + lane * 2;
-    uint16_t* v = static_cast<uint16_t*>(row.values) + (h * size + group * kKeyLanes + lane % 8 * 2) * dim + lane / 8;
-    uint16_t* scales = row.scales + (h * (size / kKeyLanes) + group) * kGroupScales + lane;
-    const Power key = power_of(keys + h * dim, dim), value = power_of(values + h * spec.head_dim, spec.head_dim);
-    scales[0] = scale_word(key, kNumberBits - 1);
-    scales[16] = scale_word(value, 0);
-    put_numbers(keys + h * dim, dim, key, dim / 2, 2 * kKeyLanes, k);
-    put_numbers(values + h * spec.head_dim, spec.head_dim, value, dim, 2, v);
-    for (int64_t d = spec.head_dim; d < dim; ++d) v[d * 2] = 0;
-  }
-}
 
 // A query vector as words; `unit` becomes what its numbers are multiples of, NaN if it is not finite.
 inline void fix_query(const float* from, int64_t dim, int32_t* to, float* unit) {
@@ -135,7 +73,7 @@ inline void clear(i32x8 (&acc)[N][V]) {
 // acc[i][v] += the products of the words factors[i * stride] and operands[8 * v].
 template <int N, int V>
 inline void multiply_add_pairs(const int32_t* factors, int64_t stride, const int32_t* operands, i32x8 (&acc)[N][V]) {
-  const i32x8 k0 = load(operands), k1 = load(operands + 8 * (V - 1));
+  const i32x8 k0 = load_here(operands), k1 = V == 2 ? load_here(operands + 8) : k0;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     if constexpr (V == 2) {
@@ -148,8 +86,8 @@ inline void multiply_add_pairs(const int32_t* factors, int64_t stride, const int
 
 // Scores of N queries, in units of log 2, against a group of keys. `first`: of the vectors, `row`: of the batch.
 template <int N>
-[[gnu::noinline]] static void score_fixed(const FixedScratch& s, const Groups<int32_t>& keys, int64_t first, int64_t row,
-                                          int64_t group, int64_t dim, const float* offset) {
+[[gnu::noinline]] static void score_fixed(const FixedScratch& s, const Groups<int32_t>& keys, int64_t first,
+                                          int64_t row, int64_t group, int64_t dim, const float* offset) {
   constexpr int V = 2;
   i32x8 acc[N][V];
   clear(acc);
@@ -157,23 +95,29 @@ template <int N>
   const int32_t* q = s.q + first * half;
   const int32_t* words = keys.at[group];
   const char* ahead = keys.ahead[group];
-  for (int64_t d = 0; d < half; ++d, words += kKeyLanes, ahead += 64) {
-    if constexpr (N <= kFew) prefetch(ahead);
-    multiply_add_pairs<N, V>(q + d, half, words, acc);
+  for (int64_t d = 0; d < half; d += 4) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i, words += kKeyLanes, ahead += 64) {
+      if constexpr (N <= kFew) prefetch(ahead);
+      multiply_add_pairs<N, V>(q + d + i, half, words, acc);
+    }
   }
   const int64_t key = group * kKeyLanes;
+  const float* const q_unit = s.q_unit + first;
+  float* const scores = s.scores + row * kKeyTile + key;
+  float* const tops = s.tops + row * 8;
+  const f32x8 unit[V] = {load(s.unit + key), load(s.unit + key + 8)};
+  const f32x8 log[V] = {load(offset + key), load(offset + key + 8)};
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    const f32x8 unit = splat(s.q_unit[first + i]);
-    f32x8 top = load(s.tops + (row + i) * 8);
+    f32x8 top = load(tops + i * 8);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const f32x8 x = __builtin_convertvector(acc[i][v], f32x8) * load(s.unit + key + 8 * v);
-      const f32x8 score = fma(x, unit, load(offset + key + 8 * v));
-      store(s.scores + (row + i) * kKeyTile + key + 8 * v, score);
+      const f32x8 score = fma(__builtin_convertvector(acc[i][v], f32x8) * unit[v], splat(q_unit[i]), log[v]);
+      store(scores + i * kKeyTile + 8 * v, score);
       top = maximum(score, top);
     }
-    store(s.tops + (row + i) * 8, top);
+    store(tops + i * 8, top);
   }
 }
 
@@ -216,20 +160,25 @@ template <int N, int V>
   const int32_t* weights = reinterpret_cast<const int32_t*>(s.scores + row * kKeyTile);
   for (int64_t g = 0; g < group_count; ++g, weights += 8) {
     const int32_t* words = values.at[g] + column;
-    const char* ahead = values.ahead[g] + column * 4;
-#pragma GCC unroll 1  // unrolled, it spills
-    for (int64_t j = 0; j < 8; ++j, words += dim, ahead += dim * 4) {
+    // What follows is fetched in the order of its addresses, eight lines at a time.
+    const uint32_t turn = static_cast<uint32_t>(column / 16 * group_count + g);
+    const uint32_t eights = static_cast<uint32_t>(dim + 8) / 16;
+    const char* ahead = values.ahead[turn / eights] + turn % eights * 512;
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < 8; ++j, words += dim, ahead += 64) {
       if constexpr (N <= kFew) prefetch(ahead);
       multiply_add_pairs<N, V>(weights + j, kKeyTile, words, acc);
     }
   }
+  const float* const fade = s.fade + row;
+  const float* const take = s.take + row;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    const f32x8 fade = splat(s.fade[row + i]), take = splat(s.take[row + i]);
+    const f32x8 keep = splat(fade[i]), add = splat(take[i]);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       float* to = out + i * dim + column + 8 * v;
-      store(to, fma(__builtin_convertvector(acc[i][v], f32x8), take, load(to) * fade));
+      store(to, fma(__builtin_convertvector(acc[i][v], f32x8), add, load(to) * keep));
     }
   }
 }
@@ -266,62 +215,71 @@ struct FixedTile {
   const AttentionSpec& spec;
   const AttendTask& task;
   const FixedScratch& s;
-  int64_t first, end;
+  int64_t first, end, dim, group;
   Groups<int32_t> keys, values;
 
-  // How many groups n query vectors from `at` on look at; 0: none.
-  int64_t groups_seen(int64_t at, int64_t n) const {
-    const int64_t group = spec.group(), lowest = task.position + at / group;
-    if (spec.window > 0 && lowest - spec.window + 1 >= first + kKeyTile) return 0;
-    const int64_t last = std::min(task.position + (at + n - 1) / group + 1, end);
-    return last <= first ? 0 : (std::min(last - first, kKeyTile) + kKeyLanes - 1) / kKeyLanes;
+  // What n query vectors look at.
+  struct View {
+    int64_t groups;  // 0: nothing
+    bool whole;      // every key of them
+  };
+
+  View view_of(int64_t at, int64_t n) const {
+    const int64_t lowest = task.position + row_of(at);
+    if (spec.window > 0 && lowest - spec.window + 1 >= first + kKeyTile) return {0, false};
+    const int64_t last = std::min(task.position + row_of(at + n - 1) + 1, end);
+    const int64_t groups = last <= first ? 0 : (std::min(last - first, kKeyTile) + kKeyLanes - 1) / kKeyLanes;
+    return {groups, spec.window <= 0 && first + groups * kKeyLanes <= std::min(lowest + 1, end)};
   }
+  // 32 bits are divided twice as fast as 64.
+  int64_t row_of(int64_t at) const { return static_cast<uint32_t>(at) / static_cast<uint32_t>(group); }
 
   template <int N>
-  void score(int64_t at, int64_t row) const {
+  void score(int64_t at, int64_t row, View view) const {
     static const float kNone[kKeyTile] = {};
     for (int64_t i = row; i < row + N; ++i) store(s.tops + i * 8, splat(-INFINITY));
-    const int64_t group_count = groups_seen(at, N), count = group_count * kKeyLanes, dim = spec.dim();
     const float* offset = spec.softcap > 0 ? kNone : s.log;
-    for (int64_t g = 0; g < group_count; ++g) score_fixed<N>(s, keys, at, row, g, dim, offset);
-    const int64_t lowest = task.position + at / spec.group();
-    const bool plain = spec.softcap <= 0 && !task.slopes && spec.window <= 0;
-    if (group_count == 0 || (plain && first + count <= std::min(lowest + 1, end))) return;
+    for (int64_t g = 0; g < view.groups; ++g) score_fixed<N>(s, keys, at, row, g, dim, offset);
+    if (view.groups == 0 || (view.whole && spec.softcap <= 0 && !task.slopes)) return;
     for (int64_t i = 0; i < N; ++i) {
-      const int64_t head = (at + i) % spec.group(), position = task.position + (at + i) / spec.group();
-      const f32x8 top = mask(spec, s.scores + (row + i) * kKeyTile, count, first, position, end,
-                             task.slopes ? task.slopes[head] : 0.0f, spec.softcap > 0 ? s.log : nullptr);
+      const int64_t of_row = row_of(at + i), head = at + i - of_row * group;
+      const f32x8 top = mask(spec, s.scores + (row + i) * kKeyTile, view.groups * kKeyLanes, first,
+                             task.position + of_row, end, task.slopes ? task.slopes[head] : 0.0f,
+                             spec.softcap > 0 ? s.log : nullptr);
       store(s.tops + (row + i) * 8, top);
     }
   }
 
   template <int N>
-  void weigh(int64_t at, int64_t row, float* out) const {
-    const int64_t group_count = groups_seen(at, N), dim = spec.dim();
-    if (group_count == 0) return;
+  void weigh(int64_t row, int64_t groups, float* out) const {
+    if (groups == 0) return;
     int64_t column = 0;
-    for (; column + 16 <= dim; column += 16) weigh_fixed<N, 2>(s, values, row, group_count, column, dim, out);
-    if (column < dim) weigh_fixed<N, 1>(s, values, row, group_count, column, dim, out);
+    for (; column + 16 <= dim; column += 16) weigh_fixed<N, 2>(s, values, row, groups, column, dim, out);
+    if (column < dim) weigh_fixed<N, 1>(s, values, row, groups, column, dim, out);
   }
 
   // `count` query vectors from `at` on.
   void attend(int64_t at, int64_t count, const Partial& out) const {
-    by_sixes(count, [&](int64_t row, auto n) { score<n>(at + row, row); });
+    View views[kBatch / 6];
+    by_sixes(count, [&](int64_t row, auto n) {
+      views[row / 6] = view_of(at + row, n);
+      score<n>(at + row, row, views[row / 6]);
+    });
     for (int64_t i = 0; i < count; i += 8) {
       store(s.most + i, fold_rows(s.tops + i * 8, [](f32x8 a, f32x8 b) { return maximum(a, b); }));
     }
-    by_sixes(count, [&](int64_t row, auto n) { soften_rows(s, row, n, groups_seen(at + row, n) * kKeyLanes); });
+    by_sixes(count, [&](int64_t row, auto n) { soften_rows(s, row, n, views[row / 6].groups * kKeyLanes); });
     advance_fixed(s, count, out.maximum + at, out.sum + at);
-    by_sixes(count, [&](int64_t row, auto n) { weigh<n>(at + row, row, out.values + (at + row) * spec.dim()); });
+    by_sixes(count, [&](int64_t row, auto n) { weigh<n>(row, views[row / 6].groups, out.values + (at + row) * dim); });
   }
 };
 
 // Keys [begin, end) of one range.
 inline void attend_halves(const AttentionSpec& spec, const AttendTask& task, int64_t begin, int64_t end,
                           const Partial& out, const FixedScratch& s) {
-  const int64_t vectors = task.rows * spec.group();
+  const int64_t group = spec.group(), vectors = task.rows * group;
   GroupList<int32_t> list(spec, task, begin, end);
-  FixedTile tile = {spec, task, s, begin / kKeyTile * kKeyTile, end, {}, {}};
+  FixedTile tile = {spec, task, s, begin / kKeyTile * kKeyTile, end, spec.dim(), group, {}, {}};
   for (; tile.first < end; tile.first += kKeyTile) {
     const int64_t group_count = (std::min(end - tile.first, kKeyTile) + kKeyLanes - 1) / kKeyLanes;
     list.next_tile(group_count, &tile.keys, &tile.values);

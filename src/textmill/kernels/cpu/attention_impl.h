@@ -82,8 +82,9 @@ inline void turn_heads(const AttentionSpec& spec, const float* x, int64_t count,
 inline void store_floats(const AttentionSpec& spec, const float* keys, const float* values, const StoreRow& row) {
   const int64_t dim = spec.dim(), size = spec.block_size, offset = row.position % size, lane = offset % kKeyLanes;
   for (int64_t h = 0; h < spec.kv_heads; ++h) {
-    float* k = static_cast<float*>(row.keys) + (h * size + offset - lane) * dim + lane;
-    float* v = static_cast<float*>(row.values) + (h * size + offset) * dim;
+    float* const cache = static_cast<float*>(row.cache) + h * 2 * size * dim;
+    float* k = cache + (offset - lane) * dim + lane;
+    float* v = cache + (size + offset) * dim;
     for (int64_t d = 0; d < dim; ++d) k[d * kKeyLanes] = keys[h * dim + d];
     for (int64_t d = 0; d < spec.head_dim; ++d) v[d] = values[h * spec.head_dim + d];
     for (int64_t d = spec.head_dim; d < dim; ++d) v[d] = 0.0f;

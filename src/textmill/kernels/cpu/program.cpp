@@ -181,7 +181,6 @@ int Program::attend(int x, int layer, const AttentionSpec& spec) {
   op.attention.block_size = limits_.block_size;
   const size_t bytes = static_cast<size_t>(spec.kv_heads * spec.dim() * limits_.block_size) * (limits_.half_cache ? 2 : 4);
   op.keys_offset = kv_bytes_per_block_;
-  op.values_offset = kv_bytes_per_block_ + bytes;
   op.scales_offset = kv_bytes_per_block_ + 2 * bytes;
   kv_bytes_per_block_ += 2 * bytes;
   if (limits_.half_cache) {

@@ -115,7 +115,7 @@ struct Op {
   size_t scratch_offset = 0;  // attention's rotated queries; what experts need
   int64_t width = 0;          // taps of a convolution, columns of a scan
   int64_t state_offset = 0;   // floats, in a slot's states
-  size_t keys_offset = 0, values_offset = 0, scales_offset = 0;  // in a cache block
+  size_t keys_offset = 0, scales_offset = 0;  // in a cache block
 };
 
 // Rows of one step that come from elsewhere (pictures): row i is values[row[i]], or its own where row[i] is negative.

@@ -114,12 +114,22 @@ inline i32x8 multiply_pairs(i32x8 a, i32x8 b) {
   return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+// Loaded at this point of the program, not earlier: with add_products a loop keeps its order, and its registers.
+inline i32x8 load_here(const int32_t* from) {
+#if defined(__AVX2__)
+  __m256i v;
+  __asm__ volatile("vmovdqu %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const __m256i_u*>(from)));
+  return (i32x8)v;
+#else
+  return load(from);
+#endif
+}
 // sum0 += multiply_pairs(a0, b), sum1 += multiply_pairs(a1, b) for the pair b at `factor`.
 inline void add_products(const int32_t* factor, i32x8 a0, i32x8 a1, i32x8* sum0, i32x8* sum1) {
 #if defined(__AVX2__)
   // In one piece: left to itself the compiler keeps more products in flight than there are registers.
   __m256i s0 = (__m256i)*sum0, s1 = (__m256i)*sum1, b, product;
-  __asm__(
+  __asm__ volatile(
       "vpbroadcastd %6, %2\n\tvpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
       : "+x"(s0), "+x"(s1), "=&x"(b), "=&x"(product)
       : "x"((__m256i)a0), "x"((__m256i)a1), "m"(*factor));

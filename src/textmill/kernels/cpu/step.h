@@ -60,6 +60,8 @@ class Step final : public Job {
   void run_rows(const Op& op, int64_t begin, int64_t end) const;
   void run_row(const Op& op, int64_t row, float* out) const;
   void run_product(const Op& op, uint32_t chunk) const;
+  int64_t first_of_group(int64_t row) const;
+  StoreRow row_to_store(const Op& op, int64_t row) const;
   void run_store(const Op& op, int64_t begin, int64_t end) const;
   AttendTask attend_task(const Op& op, int64_t unit) const;
   void run_attention(const Op& op, uint32_t chunk, int thread);

@@ -14,15 +14,39 @@ uint32_t Step::begin_attention() {
   return static_cast<uint32_t>(plan.chunks.size() - 1);
 }
 
-void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
+// The first row from `row` on that shares no group of keys with the row before: in a word of the cache are two rows'
+// values, which one thread alone may change.
+int64_t Step::first_of_group(int64_t row) const {
+  const auto shares = [&](size_t i) { return positions_[i] % kKeyLanes != 0 && slots_[i] == slots_[i - 1]; };
+  while (row > 0 && row < row_count_ && shares(static_cast<size_t>(row))) ++row;
+  return row;
+}
+
+StoreRow Step::row_to_store(const Op& op, int64_t row) const {
   const AttentionSpec& spec = op.attention;
+  const int64_t position = positions_[static_cast<size_t>(row)], slot = slots_[static_cast<size_t>(row)];
+  const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
+  std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
   float* q = reinterpret_cast<float*>(program_.arena_.data() + op.scratch_offset);
+  return {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
+          reinterpret_cast<uint16_t*>(at + op.scales_offset), position};
+}
+
+void Step::run_store(const Op& op, int64_t begin, int64_t end) const {
+  begin = first_of_group(begin);
+  end = first_of_group(end);
+  if (begin == end) return;
+  StoreRow current = row_to_store(op, begin);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t position = positions_[static_cast<size_t>(row)], slot = slots_[static_cast<size_t>(row)];
-    const int64_t block = program_.table_.block_table[slot * program_.table_.blocks_per_slot + position / spec.block_size];
-    std::byte* at = program_.cache_.data() + static_cast<size_t>(block) * program_.kv_bytes_per_block_;
-    vector_.store_row(spec, {value_row(op.x, row), q + row * spec.heads * spec.dim(), at + op.keys_offset,
-                             at + op.values_offset, reinterpret_cast<uint16_t*>(at + op.scales_offset), position});
+    StoreRow following;
+    if (row + 1 < end) {
+      following = row_to_store(op, row + 1);
+      const size_t i = static_cast<size_t>(row);
+      // Rows of one sequence share their lines.
+      if (slots_[i] != slots_[i + 1]) current.next = &following;
+    }
+    vector_.store_row(op.attention, current);
+    current = following;
   }
 }
 
@@ -34,7 +58,8 @@ AttendTask Step::attend_task(const Op& op, int64_t unit) const {
   const AttentionTile& tile = plan.tiles[static_cast<size_t>(task.tile)];
   const int64_t head = unit % spec.kv_heads, dim = spec.dim(), group = spec.group();
   const size_t element = spec.half_cache ? 2 : 4;
-  const std::byte* cache = program_.cache_.data() + static_cast<size_t>(head * spec.block_size * dim) * element;
+  const size_t own = static_cast<size_t>(spec.block_size * dim) * element;  // of a head's keys in a block
+  const std::byte* cache = program_.cache_.data() + op.keys_offset + static_cast<size_t>(head) * 2 * own;
   const float* q = reinterpret_cast<const float*>(program_.arena_.data() + op.scratch_offset);
   AttendTask call;
   call.q = q + (tile.row * spec.heads + head * group) * dim;
@@ -42,8 +67,8 @@ AttendTask Step::attend_task(const Op& op, int64_t unit) const {
   call.rows = tile.rows;
   call.position = tile.position;
   call.blocks = program_.table_.block_table + tile.slot * program_.table_.blocks_per_slot;
-  call.keys = cache + op.keys_offset;
-  call.values = cache + op.values_offset;
+  call.keys = cache;
+  call.values = cache + own;
   const std::byte* scales = program_.cache_.data() + op.scales_offset;
   const int64_t first = head * (spec.block_size / kKeyLanes) * kGroupScales;
   call.scales = spec.half_cache ? reinterpret_cast<const uint16_t*>(scales) + first : nullptr;

@@ -48,15 +48,15 @@ struct AttentionSpec {
 };
 
 // Norms, turns and scales the queries of one row into q [heads, dim], and stores its keys and values.
-// keys, values: the layer's part of the row's block: [kv_heads][block_size / 16][dim][16] and
-// [kv_heads][block_size][dim] floats, or 16-bit numbers in the order, and with the scales, of attention_fixed.h.
+// cache: the layer's part of the row's block, by kv head: keys [block_size / 16][dim][16], then values
+// [block_size][dim], floats, or 16-bit numbers in the order, and with the scales, of attention_fixed.h.
 struct StoreRow {
   const float* qkv;
   float* q;
-  void* keys;
-  void* values;
+  void* cache;
   uint16_t* scales;  // [kv_heads][block_size / 16][32]; 16-bit caches only
   int64_t position;
+  const StoreRow* next = nullptr;  // what this thread stores after it: its place is fetched meanwhile
 };
 
 // Unnormalized attention of nq = rows * group query vectors: maximum, sum and weighted values of each.
