@@ -100,6 +100,7 @@ class Sequence:
         self.prompt = prompt
         self.last: float | None = None
         self.outlet: Outlet | None = None
+        self.clock = 0.0  # of this thread's processor, when the newest steps were made
         self.taken: list[TokenStep] | None = None  # what `_at_once` made of an emission that it left to `steps`
         seed = sampling.seed if sampling.draws else None
         self.generation = Generation(call.state.tokenizer, prompt, seed, keep)
@@ -126,7 +127,7 @@ class Sequence:
                     if self.generation.finish is not None:
                         break
                     if last:
-                        given = thread_time()
+                        given = self.clock
                         yield last  # whoever asked turns them into events and writes these
                         state.metrics.step_seconds.add(thread_time() - given, ("http",))
             if self.generation.finish is None:
@@ -149,9 +150,8 @@ class Sequence:
             self.taken = steps
             return False
         if steps:
-            given = thread_time()
             outlet.write(steps)
-            self.call.state.metrics.step_seconds.add(thread_time() - given, ("http",))
+            self.call.state.metrics.step_seconds.add(thread_time() - self.clock, ("http",))
         return True
 
     def _take(self, emission: Emission) -> list[TokenStep]:
@@ -161,7 +161,8 @@ class Sequence:
             return steps
         metrics, times, began = self.call.state.metrics, self.call.times, thread_time()
         steps = self.generation.push(emission)
-        metrics.step_seconds.add(thread_time() - began, ("text",))
+        self.clock = thread_time()
+        metrics.step_seconds.add(self.clock - began, ("text",))
         if steps:
             now = perf_counter()
             if self.last is None:
