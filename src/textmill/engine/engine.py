@@ -22,7 +22,7 @@ from textmill.engine.suited import suited
 
 log = logging.getLogger(__name__)
 
-HOLD_NS = 5_000_000  # tokens that come faster than this leave together: nobody reads so fast, and every message costs
+HOLD_NS = 6_000_000  # tokens that come faster than this leave together: nobody reads so fast, and every message costs
 
 
 class RunnerDied(Exception):
