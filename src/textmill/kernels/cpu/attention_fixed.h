@@ -14,6 +14,8 @@ namespace TEXTMILL_ISA {
 
 // Query vectors that go through a tile together: what they need stays in the nearest cache.
 constexpr int64_t kBatch = 24;
+// So many products of a query and a key are summed in whole numbers: more would leave a query's numbers few bits.
+constexpr int64_t kSpan = 128;
 // So few vectors wait for memory: what comes next is fetched beside the work on it.
 constexpr int kFew = 4;
 
@@ -39,7 +41,7 @@ inline void fix_query(const float* from, int64_t dim, int32_t* to, float* unit) 
     poison = fma(load(from + d), splat(0.0f), poison);
   }
   const float most = largest(top);
-  const int64_t bound = ((int64_t{1} << 31) - 1) / (kMostNumber * dim);
+  const int64_t bound = ((int64_t{1} << 31) - 1) / (kMostNumber * std::min(dim, kSpan));
   const float limit = static_cast<float>(bound < 32767 ? bound : 32767);
   const bool some = most > 1e-30f;
   const f32x8 factor = splat(some ? limit / most : 0.0f), magic = splat(kRoundingTerm);
@@ -84,23 +86,38 @@ inline void multiply_add_pairs(const int32_t* factors, int64_t stride, const int
   }
 }
 
-// Scores of N queries, in units of log 2, against a group of keys. `first`: of the vectors, `row`: of the batch.
-template <int N>
-[[gnu::noinline]] static void score_fixed(const FixedScratch& s, const Groups<int32_t>& keys, int64_t first,
-                                          int64_t row, int64_t group, int64_t dim, const float* offset) {
-  constexpr int V = 2;
-  i32x8 acc[N][V];
+// What N queries and a group of keys have in common in dimensions [begin, end) of half a head, and in those of the other.
+template <int N, int V>
+inline void score_span(const int32_t* q, const int32_t* words, const char* ahead, int64_t begin, int64_t end,
+                       int64_t half, i32x8 (&acc)[N][V]) {
   clear(acc);
-  const int64_t half = dim / 2;
-  const int32_t* q = s.q + first * half;
-  const int32_t* words = keys.at[group];
-  const char* ahead = keys.ahead[group];
-  for (int64_t d = 0; d < half; d += 4) {
+  words += begin * kKeyLanes;
+  ahead += begin * 64;
+  for (int64_t d = begin; d < end; d += 4) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; ++i, words += kKeyLanes, ahead += 64) {
       if constexpr (N <= kFew) prefetch(ahead);
       multiply_add_pairs<N, V>(q + d + i, half, words, acc);
     }
+  }
+}
+
+// Scores of N queries, in units of log 2, against a group of keys. `first`: of the vectors, `row`: of the batch.
+template <int N, bool Wide>
+[[gnu::noinline]] static void score_fixed(const FixedScratch& s, const Groups<int32_t>& keys, int64_t first,
+                                          int64_t row, int64_t group, int64_t dim, const float* offset) {
+  constexpr int V = 2;
+  i32x8 acc[N][V];
+  const int64_t half = dim / 2, span = Wide ? kSpan / 2 : half;
+  const int32_t* q = s.q + first * half;
+  score_span<N, V>(q, keys.at[group], keys.ahead[group], 0, span, half, acc);
+  f32x8 sums[N][V];
+#pragma GCC unroll 12
+  for (int i = 0; i < N * V; ++i) sums[i / V][i % V] = __builtin_convertvector(acc[i / V][i % V], f32x8);
+  for (int64_t d = span; Wide && d < half; d += span) {
+    score_span<N, V>(q, keys.at[group], keys.ahead[group], d, std::min(half, d + span), half, acc);
+#pragma GCC unroll 12
+    for (int i = 0; i < N * V; ++i) sums[i / V][i % V] += __builtin_convertvector(acc[i / V][i % V], f32x8);
   }
   const int64_t key = group * kKeyLanes;
   const float* const q_unit = s.q_unit + first;
@@ -113,7 +130,7 @@ template <int N>
     f32x8 top = load(tops + i * 8);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const f32x8 score = fma(__builtin_convertvector(acc[i][v], f32x8) * unit[v], splat(q_unit[i]), log[v]);
+      const f32x8 score = fma(sums[i][v] * unit[v], splat(q_unit[i]), log[v]);
       store(scores + i * kKeyTile + 8 * v, score);
       top = maximum(score, top);
     }
@@ -239,7 +256,11 @@ struct FixedTile {
     static const float kNone[kKeyTile] = {};
     for (int64_t i = row; i < row + N; ++i) store(s.tops + i * 8, splat(-INFINITY));
     const float* offset = spec.softcap > 0 ? kNone : s.log;
-    for (int64_t g = 0; g < view.groups; ++g) score_fixed<N>(s, keys, at, row, g, dim, offset);
+    if (dim <= kSpan) {
+      for (int64_t g = 0; g < view.groups; ++g) score_fixed<N, false>(s, keys, at, row, g, dim, offset);
+    } else {
+      for (int64_t g = 0; g < view.groups; ++g) score_fixed<N, true>(s, keys, at, row, g, dim, offset);
+    }
     if (view.groups == 0 || (view.whole && spec.softcap <= 0 && !task.slopes)) return;
     for (int64_t i = 0; i < N; ++i) {
       const int64_t of_row = row_of(at + i), head = at + i - of_row * group;
