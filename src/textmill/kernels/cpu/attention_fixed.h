@@ -86,7 +86,7 @@ inline void multiply_add_pairs(const int32_t* factors, int64_t stride, const int
   }
 }
 
-// What N queries and a group of keys have in common in dimensions [begin, end) of half a head, and in those of the other.
+// Products of N queries and a group of keys, summed over dimensions [begin, end) of half a head and of the other half.
 template <int N, int V>
 inline void score_span(const int32_t* q, const int32_t* words, const char* ahead, int64_t begin, int64_t end,
                        int64_t half, i32x8 (&acc)[N][V]) {
