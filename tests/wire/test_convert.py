@@ -83,14 +83,6 @@ def test_several_tokens_and_several_steps_of_one_request_become_one_emission() -
     assert len(merged) == 2
 
 
-def test_several_steps_without_extras_become_one_emission() -> None:
-    one, two, three = (TokenChoice(i, -float(i)) for i in range(3))
-    merged = through_the_wire(
-        [Emission(1, (one,)), Emission(2, (three,)), Emission(1, (two,)), Emission(1, finish=Finish.LENGTH)]
-    )
-    assert merged == [Emission(1, (one, two), Finish.LENGTH), Emission(2, (three,))]
-
-
 def test_committed_classes_are_those_of_the_proto(tmp_path: Path) -> None:
     generate(tmp_path)
     fresh: dict[str, object] = {}

@@ -24,8 +24,7 @@ from textmill.errors import GenerationFailed, TextmillError, Unhealthy
 from textmill.wire import engine_pb2 as pb
 from textmill.wire.client import EngineClient, Inbox
 from textmill.wire.convert import submit_from_request
-from textmill.wire.names import method
-from textmill.wire.rpc import Channel
+from textmill.wire.names import SERVICE, address
 from textmill.wire.server import run_engine_server
 
 
@@ -244,9 +243,9 @@ async def test_bad_requests_fail_alone(tmp_path: Path, reason: str) -> None:
 @asynccontextmanager
 async def raw_stream(socket: Path) -> AsyncIterator[grpc.aio.StreamStreamCall[pb.RouterMessage, pb.StepBatch]]:
     """What a router that is not ours could do."""
-    async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+    async with grpc.aio.insecure_channel(address(socket)) as channel:
         yield channel.stream_stream(
-            method("Serve"),
+            f"/{SERVICE}/Serve",
             request_serializer=pb.RouterMessage.SerializeToString,
             response_deserializer=pb.StepBatch.FromString,
         )()
@@ -265,22 +264,6 @@ async def test_duplicate_id_is_refused_and_the_first_goes_on(tmp_path: Path) -> 
         assert sorted(finish for finish in finishes if finish) == [Finish.LENGTH, Finish.FAILED]
         assert errors == ["the id 0 is in use"]
         assert len(finishes) == 31
-
-
-async def test_a_router_that_makes_no_sense_loses_its_stream_only(tmp_path: Path) -> None:
-    async with served(tmp_path, seconds=0.002) as server, connected(server.socket) as client:
-        staying = asyncio.create_task(collect(client, request(7, new=100)))
-        channel = await Channel.to(server.socket)
-        call = channel.call(method("Serve"), lambda message: None)
-        assert await call.begun is None
-        call.send(pb.RouterMessage(submits=[submit_from_request(request(1, new=900))]).SerializeToString())
-        await asyncio.sleep(0.02)
-        call.send(b"\xff\xff")
-        assert await asyncio.wait_for(call.over, 5) is not None
-        channel.close()
-        assert (await staying)[0] == answer(request(7, new=100))
-        await server.rests()
-        assert server.engine.ledger().cancelled == 1
 
 
 async def test_at_most_one_message_per_step(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import grpc.aio
 from google.protobuf.message import Message
 
 from textmill.core import Emission, EngineInfo, Request
@@ -28,15 +29,16 @@ from textmill.wire.convert import (
     stats_from_reply,
     submit_from_request,
 )
-from textmill.wire.names import method
-from textmill.wire.rpc import Call, Channel, RpcError
+from textmill.wire.names import SERVICE, SIZE_OPTIONS, address
 
 log = logging.getLogger(__name__)
 
+if TYPE_CHECKING:  # only the stubs know these as generic types
+    ServeMethod = grpc.aio.StreamStreamMultiCallable[pb.RouterMessage, pb.StepBatch]
+    Stream = grpc.aio.StreamStreamCall[pb.RouterMessage, pb.StepBatch]
 Reply = TypeVar("Reply", bound=Message)
 Take = Callable[[Emission], bool]
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
-ANSWER_SECONDS = 10.0
 TOKENS_PER_MESSAGE = 2_000_000  # at most 5 bytes each: well under the message limit
 PIXEL_BYTES_PER_TOKEN = 4  # of pictures, which count among the tokens
 
@@ -79,7 +81,7 @@ class EngineClient:
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
-        self._channel: Channel | None = None
+        self._channel: grpc.aio.Channel | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._submits: deque[pb.Submit] = deque()
         self._cancels: list[int] = []
@@ -150,9 +152,9 @@ class EngineClient:
             self._cancels.append(id_)
             self._outgoing.set()
 
-    def _dispatch(self, message: bytes) -> None:
+    def _dispatch(self, batch: pb.StepBatch) -> None:
         started = time.thread_time()
-        emissions = emissions_from_batch(pb.StepBatch.FromString(message))
+        emissions = emissions_from_batch(batch)
         self.on_received(time.thread_time() - started)
         for emission in emissions:
             inbox = self._inboxes.get(emission.request_id)
@@ -175,29 +177,31 @@ class EngineClient:
             try:
                 await self._hold_link()
                 pause = FIRST_PAUSE
-            except (RpcError, OSError) as error:
-                log.debug("the engine does not answer: %s", error)
+            except grpc.aio.AioRpcError as error:
+                log.debug("the engine does not answer: %s", error.details())
             except Exception:  # fault boundary: whatever broke this link, the next one is tried
                 log.exception("the link to the engine broke")
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _hold_link(self) -> None:
-        """Connect, and carry messages until the stream ends; raises RpcError or OSError if it never began."""
-        channel = await Channel.to(self._socket)
-        try:
-            call = channel.call(method("Serve"), self._dispatch)
-            if error := await call.begun:
-                raise error
+        """Connect, and carry messages until the stream ends; raises AioRpcError if it never began."""
+        options = (*SIZE_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        async with grpc.aio.insecure_channel(address(self._socket), options=options) as channel:
+            method: ServeMethod = channel.stream_stream(
+                f"/{SERVICE}/Serve",
+                request_serializer=pb.RouterMessage.SerializeToString,
+                response_deserializer=pb.StepBatch.FromString,
+            )
+            stream: Stream = method()  # type: ignore[call-arg]  # the stubs want an iterator; there is none
+            await stream.wait_for_connection()
             self._begin(channel)
             try:
-                await self._carry(call)
+                await self._carry(stream)
             finally:
                 self._end()
-        finally:
-            channel.close()
 
-    def _begin(self, channel: Channel) -> None:
+    def _begin(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._submits.clear()
         self._cancels.clear()
@@ -208,23 +212,27 @@ class EngineClient:
         self._channel = None
         self._fail_all("the engine stopped before the request was finished")
 
-    async def _carry(self, call: Call) -> None:
-        writer = asyncio.create_task(self._write(call))
+    async def _carry(self, stream: Stream) -> None:
+        writer = asyncio.create_task(self._write(stream))
         try:
-            if error := await call.over:
-                log.warning("the engine's stream broke: %s", error.details)
+            async for batch in stream:
+                self._dispatch(batch)
+        except grpc.aio.AioRpcError as error:
+            log.warning("the engine's stream broke: %s", error.details())
         finally:
             writer.cancel()
             await asyncio.wait([writer])
 
-    async def _write(self, call: Call) -> None:
+    async def _write(self, stream: Stream) -> None:
         """Everything that gathered while the last message went out is the next message."""
         while True:
             await self._outgoing.wait()
             self._outgoing.clear()
             while self._submits or self._cancels:
-                call.send(self._next_message().SerializeToString())
-                await call.drained()
+                try:
+                    await stream.write(self._next_message())
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    return  # the reader hears of it too
 
     def _next_message(self) -> pb.RouterMessage:
         message, tokens = pb.RouterMessage(), 0
@@ -237,15 +245,18 @@ class EngineClient:
             self._cancels.clear()
         return message
 
-    async def _ask(self, name: str, request: Message, reply: type[Reply]) -> Reply:
+    async def _ask(self, method: str, request: Message, reply: type[Reply]) -> Reply:
         if self._channel is None:
             raise Unhealthy("the engine is not connected")
+        call: grpc.aio.UnaryUnaryMultiCallable[Message, Reply] = self._channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
         try:
-            return reply.FromString(await self._channel.ask(method(name), request.SerializeToString(), ANSWER_SECONDS))
-        except RpcError as error:
-            raise Unhealthy(f"the engine does not answer: {error.details}") from error
-        except TimeoutError as error:
-            raise Unhealthy("the engine does not answer in time") from error
+            return await call(request, timeout=10.0)
+        except grpc.aio.AioRpcError as error:
+            raise Unhealthy(f"the engine does not answer: {error.details()}") from error
 
 
 def weight(submit: pb.Submit) -> int:

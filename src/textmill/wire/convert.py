@@ -104,27 +104,18 @@ def batch_from_emissions(step: int, emissions: Iterable[Emission]) -> pb.StepBat
 
 def emissions_from_batch(batch: pb.StepBatch) -> list[Emission]:
     """One emission per request in the batch, in the order of first mention; its rows in their order."""
-    columns = zip(batch.ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
-    if not batch.extras:
-        return _plain_emissions(columns)
+    ids = batch.ids[:]
+    if not batch.extras and len(set(ids)) == len(ids):
+        rows = zip(ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
+        return [_emission_of_row(*row, None) for row in rows]
     extras = {extra.row: extra for extra in batch.extras}
     merged: dict[int, Emission] = {}
+    columns = zip(ids, batch.tokens, batch.logprobs, batch.finish, strict=True)
     for row, (id_, token, logprob, finish) in enumerate(columns):
         emission = _emission_of_row(id_, token, logprob, finish, extras.get(row))
         earlier = merged.get(id_)
         merged[id_] = emission if earlier is None else _join(earlier, emission)
     return list(merged.values())
-
-
-def _plain_emissions(rows: Iterable[tuple[int, int, float, int]]) -> list[Emission]:
-    """The same for a batch without extras: tokens and ends are all there is."""
-    tokens: dict[int, tuple[TokenChoice, ...]] = {}
-    finishes: dict[int, Finish] = {}
-    for id_, token, logprob, finish in rows:
-        choice = () if token == NO_TOKEN else (TokenChoice(token, logprob),)
-        tokens[id_] = tokens[id_] + choice if id_ in tokens else choice
-        finishes[id_] = FINISHES[finish]
-    return [Emission(id_, choices, finishes[id_]) for id_, choices in tokens.items()]
 
 
 def _extra_of_emission(emission: Emission, row: int) -> pb.Extra | None:

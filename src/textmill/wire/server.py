@@ -9,8 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
 
 from textmill.core import Emission, EngineInfo, Finish
 from textmill.engine.engine import Engine
@@ -23,38 +28,29 @@ from textmill.wire.convert import (
     reply_from_stats,
     request_from_submit,
 )
-from textmill.wire.names import method
-from textmill.wire.rpc import Call, Handler, Server, unary
+from textmill.wire.names import SERVICE, SIZE_OPTIONS, address
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_MESSAGE = 8192  # of a stream that is far behind
 
+if TYPE_CHECKING:  # only the stubs know these as generic types
+    Context = grpc.aio.ServicerContext[pb.RouterMessage, pb.StepBatch]
+    MethodHandler = grpc.RpcMethodHandler[Message, Message]
+
 
 class RouterStream:
-    """One router's requests: its ids on one side, the engine's tickets on the other.
+    """One router's requests: its ids on one side, the engine's tickets on the other."""
 
-    A step's tokens go out in the callback that brings them, unless the router is behind; then a task waits for it.
-    """
-
-    def __init__(self, engine: Engine, call: Call) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._call = call
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[int, int] = {}
         self._pending: list[Emission] = []
         self.send_seconds = 0.0
         self._step = 0
-        self._waiting: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
         self._ended = False
-
-    def receive(self, message: bytes) -> None:
-        """A router's message, in its bytes."""
-        try:
-            self.take(pb.RouterMessage.FromString(message))
-        except Exception as error:  # noqa: BLE001 - fault boundary: it ends this router's stream, and no other
-            log.warning("a router's stream broke: %r", error)
-            self._call.abort("the router's message makes no sense")
 
     def take(self, message: pb.RouterMessage) -> None:
         """Let in what a router sent; cancellations of unknown ids mean nothing (they crossed the last token)."""
@@ -72,10 +68,22 @@ class RouterStream:
         """The engine's sink; on the engine's thread."""
         self._loop.call_soon_threadsafe(self._arrived, step, emissions)
 
+    async def batches(self) -> AsyncIterator[pb.StepBatch]:
+        """Messages to send, until the stream is ended and everything is sent."""
+        while self._pending or not self._ended:
+            await self._ready.wait()
+            pending, self._pending = self._pending[:ROWS_PER_MESSAGE], self._pending[ROWS_PER_MESSAGE:]
+            if pending:
+                started = time.thread_time()
+                yield batch_from_emissions(self._step, pending)
+                self.send_seconds += time.thread_time() - started
+            if not self._pending and not self._ended:
+                self._ready.clear()
+
     def end(self) -> None:
-        """Nothing more will come; the stream ends when what is there has been sent."""
+        """Nothing more will come; `batches` ends when it has sent what is there."""
         self._ended = True
-        self._send()
+        self._ready.set()
 
     def cancel_all(self) -> None:
         for ticket in self._tickets.values():
@@ -90,28 +98,7 @@ class RouterStream:
     def _queue(self, step: int, emissions: list[Emission]) -> None:
         self._step = step
         self._pending += emissions
-        self._send()
-
-    def _send(self) -> None:
-        """Send what is there, as far as the router keeps up."""
-        if self._waiting is not None:
-            return
-        started = time.thread_time()
-        while self._pending and not self._call.behind:
-            pending, self._pending = self._pending[:ROWS_PER_MESSAGE], self._pending[ROWS_PER_MESSAGE:]
-            self._call.send(batch_from_emissions(self._step, pending).SerializeToString())
-        self.send_seconds += time.thread_time() - started
-        if self._pending:
-            self._waiting = self._loop.create_task(self._send_later())
-        elif self._ended:
-            self._call.finish()
-
-    async def _send_later(self) -> None:
-        await self._call.drained()
-        self._waiting = None
-        if self._call.over.done():
-            self._pending.clear()
-        self._send()
+        self._ready.set()
 
 
 class EngineService:
@@ -128,38 +115,60 @@ class EngineService:
         for stream in tuple(self._streams):
             stream.end()
 
-    def serve(self, call: Call) -> None:
-        """A router's stream begins."""
-        call.begin()  # tells the router that it is connected
-        stream = RouterStream(self._engine, call)
+    async def serve(self, messages: AsyncIterator[pb.RouterMessage], context: Context) -> None:
+        await context.send_initial_metadata(())  # tells the router that it is connected
+        stream = RouterStream(self._engine)
         self._streams.add(stream)
-        call.on_message = stream.receive
-        call.over.add_done_callback(lambda _: self._left(stream))
+        reader = asyncio.create_task(self._read(stream, messages))
+        try:
+            async for batch in stream.batches():
+                await context.write(batch)
+        finally:
+            self._streams.discard(stream)
+            self._send_seconds += stream.send_seconds
+            stream.cancel_all()
+            reader.cancel()
+            await asyncio.wait([reader])
+            if not reader.cancelled() and (error := reader.exception()):
+                log.warning("a router's stream broke: %r", error)
 
-    def _left(self, stream: RouterStream) -> None:
-        """The router is gone or has said its last word."""
-        self._streams.discard(stream)
-        self._send_seconds += stream.send_seconds
-        stream.cancel_all()
-        stream.end()
+    async def _read(self, stream: RouterStream, messages: AsyncIterator[pb.RouterMessage]) -> None:
+        try:
+            async for message in messages:
+                stream.take(message)
+        finally:
+            stream.cancel_all()  # the router is gone or has said its last word
+            stream.end()
 
-    async def info(self, request: bytes) -> bytes:
-        return self._info.SerializeToString()
+    async def info(self, request: pb.InfoRequest, context: object) -> pb.InfoReply:
+        return self._info
 
-    async def health(self, request: bytes) -> bytes:
-        return reply_from_health(self._engine.health()).SerializeToString()
+    async def health(self, request: pb.HealthRequest, context: object) -> pb.HealthReply:
+        return reply_from_health(self._engine.health())
 
-    async def stats(self, request: bytes) -> bytes:
+    async def stats(self, request: pb.StatsRequest, context: object) -> pb.StatsReply:
         sent = self._send_seconds + sum(stream.send_seconds for stream in self._streams)
-        return reply_from_stats(self._engine.stats() | {"send_seconds": sent}).SerializeToString()
+        return reply_from_stats(self._engine.stats() | {"send_seconds": sent})
 
-    def methods(self) -> dict[str, Handler]:
-        return {
-            method("Serve"): self.serve,
-            method("Info"): unary(self.info),
-            method("Health"): unary(self.health),
-            method("Stats"): unary(self.stats),
+    def handler(self) -> grpc.GenericRpcHandler[Message, Message]:
+        def unary(method: Callable[..., object], request: type[Message], reply: type[Message]) -> MethodHandler:
+            return grpc.unary_unary_rpc_method_handler(
+                method,
+                request_deserializer=request.FromString,
+                response_serializer=reply.SerializeToString,
+            )
+
+        methods: dict[str, MethodHandler] = {
+            "Serve": grpc.stream_stream_rpc_method_handler(
+                self.serve,
+                request_deserializer=pb.RouterMessage.FromString,
+                response_serializer=pb.StepBatch.SerializeToString,
+            ),
+            "Info": unary(self.info, pb.InfoRequest, pb.InfoReply),
+            "Health": unary(self.health, pb.HealthRequest, pb.HealthReply),
+            "Stats": unary(self.stats, pb.StatsRequest, pb.StatsReply),
         }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
 async def run_engine_server(
@@ -192,15 +201,17 @@ async def run_engine_server(
         raise TextmillError(engine.failure)
 
 
-async def _listen(service: EngineService, socket: Path) -> Server:
+async def _listen(service: EngineService, socket: Path) -> grpc.aio.Server:
     socket.unlink(missing_ok=True)
-    server = Server(service.methods())
-    await server.start(socket)
+    server = grpc.aio.server(options=SIZE_OPTIONS)
+    server.add_generic_rpc_handlers((service.handler(),))
+    server.add_insecure_port(address(socket))
+    await server.start()
     socket.chmod(0o600)
     return server
 
 
-async def _shut_down(engine: Engine, service: EngineService, server: Server, socket: Path) -> None:
+async def _shut_down(engine: Engine, service: EngineService, server: grpc.aio.Server, socket: Path) -> None:
     await asyncio.to_thread(engine.stop)  # fails what is still live: its last emissions are on their way
     await asyncio.sleep(0)
     service.end_streams()
