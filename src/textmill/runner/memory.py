@@ -12,7 +12,7 @@ MIB = 1 << 20
 # On the CPU the cache shares memory with everything else on the machine: at most this share of what is free, and
 # by default no more than the larger of this size and two full contexts.
 CPU_SHARE = 0.5
-CPU_DEFAULT_BYTES = 1024 * MIB
+CPU_DEFAULT_BYTES = 768 * MIB
 CPU_DEFAULT_CONTEXTS = 2
 
 
