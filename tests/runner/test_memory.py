@@ -60,7 +60,7 @@ def plan(**changes: int | None) -> int:
 
 
 def test_sizes() -> None:
-    assert plan() == 1024  # the default: one GiB
+    assert plan() == 768
     assert plan(free_bytes=100 * MIB) == 50  # half of what is free
     assert plan(requested_bytes=7 * MIB) == 7
     assert plan(requested_tokens=33) == 3
