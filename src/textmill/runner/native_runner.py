@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ class NativeRunner:
         self.limits = limits
         self._executor = executor
         self._queue = StepQueue(executor.program)
-        self._submitted: deque[Step] = deque()
+        self._submitted: deque[tuple[Step, float]] = deque()  # and what handing it over took
         self._finished: deque[StepResult | Exception] = deque()
 
     @property
@@ -43,9 +44,10 @@ class NativeRunner:
                 self._finish_oldest()
             for admission in step.admissions:
                 self._queue.failed[admission.slot] = 0
+        begin = time.perf_counter()
         apply(step, self._executor.tables)
         self._queue.submit(rows_of(step.work))
-        self._submitted.append(step)
+        self._submitted.append((step, time.perf_counter() - begin))
 
     def collect(self) -> StepResult:
         """The oldest submitted step's result; blocks until it is there. Raises what the step raised."""
@@ -62,24 +64,25 @@ class NativeRunner:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        step = self._submitted.popleft()
+        step, spent = self._submitted.popleft()
         ran = None
         try:
             ran = self._queue.collect()
-            self._finished.append(self._result(step, ran))
+            self._finished.append(self._result(step, ran, spent))
         except Exception as error:  # noqa: BLE001 - the boundary: one broken step must not end the runner
             self._queue.failed[[item.slot for item in step.work]] = 1
             self._finished.append(error)
         if ran is None or ran.held:
             self._queue.go_on()
 
-    def _result(self, step: Step, ran: Ran) -> StepResult:
-        executor = self._executor
+    def _result(self, step: Step, ran: Ran, spent: float) -> StepResult:
+        begin, executor = time.perf_counter(), self._executor
         sampled = self._without_lost(step.work) if ran.held else executor.answers(step.work, ran.arrays)
         for place, item in enumerate(step.work):
             if item.draft and sampled[place].error and not ran.held:
                 sampled[place] = self._without_guesses(item)
-        return StepResult(step.number, tuple(sampled), ran.seconds, ran.seconds)
+        spent += time.perf_counter() - begin
+        return StepResult(step.number, tuple(sampled), ran.seconds + spent, ran.seconds)
 
     def _without_lost(self, work: Sequence[SlotWork]) -> list[Sampled]:
         """A held step, run here for the rows whose slots did not fail: the queue rests until `go_on`."""
