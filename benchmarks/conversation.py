@@ -29,6 +29,7 @@ HEAD = (
     "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     "Content-Length: {length}\r\nConnection: close\r\n\r\n"
 )
+TEMPLATE = 32  # tokens at most that a turn has beside question and answer
 Message = dict[str, str]
 
 
@@ -85,7 +86,7 @@ def converse(port: int, until: int, user_tokens: int, answer_tokens: int) -> lis
     dice = random.Random("conversation")
     messages: list[Message] = []
     turns: list[Turn] = []
-    while not turns or turns[-1].prompt + 2 * answer_tokens + user_tokens < until:
+    while not turns or turns[-1].prompt + 2 * answer_tokens + user_tokens + TEMPLATE < until:
         messages.append(question(dice, user_tokens - 15))
         answer, turn = take_turn(port, messages, answer_tokens)
         messages.append({"role": "assistant", "content": answer})
