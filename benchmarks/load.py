@@ -27,9 +27,8 @@ WORDS = (  # noqa: SIM905 - words read better than quoted items
 ARRIVAL_AFTER_S = 1.5  # how long streams run in quiet before a long prompt arrives beside them
 
 ROOM = 1 << 16  # bytes taken from a socket at once
-TOKEN = (
-    b'"choices":[{'  # in an event that carries a token, as our server and llama-server write it; never inside a string
-)
+# In an event that carries a token, as our server and llama-server write it; never inside a string.
+TOKEN = b'"choices":[{'
 
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -166,7 +166,11 @@ class Settings:
 
     cpu_threads: int = setting(0, COMPUTE, "Threads of the CPU kernels.", default_help="one per core we may use")
     kv_cache_memory: int | None = setting(
-        None, COMPUTE, "Memory of the KV cache, in MiB.", minimum=1, default_help="768, or two contexts; at most half of what is free"
+        None,
+        COMPUTE,
+        "Memory of the KV cache, in MiB.",
+        minimum=1,
+        default_help="768, or two contexts; at most half of what is free",
     )
     kernels: str = setting(
         "auto", COMPUTE, "Native kernels, or plain torch (the slow reference).", choices=("auto", "native", "torch")

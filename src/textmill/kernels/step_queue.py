@@ -35,10 +35,6 @@ class StepQueue:
         self._native = _native.StepQueue(program.handle, self.failed)
         self._waiting: deque[StepArrays] = deque()
 
-    def __len__(self) -> int:
-        """Steps that were not collected yet."""
-        return len(self._waiting)
-
     def submit(self, work: NDArray[np.int32]) -> None:
         """As `Program.run`. What the slot tables say of the step's slots may not change until it is collected."""
         arrays = self._program.room_for(work)
