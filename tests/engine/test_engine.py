@@ -101,7 +101,7 @@ def test_next_step_is_launched_before_the_last_is_digested() -> None:
 
 
 def test_one_batch_per_step_and_sink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "HOLD_NS", 0)  # as if every step took longer
+    monkeypatch.setattr(engine_module, "FRAME_NS", 0)  # as if every step took longer
     one, other = Listener(), Listener()
     with running(ScriptedRunner(LIMITS, seconds=0.001)) as engine:
         for i in range(6):
@@ -114,7 +114,7 @@ def test_one_batch_per_step_and_sink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tokens_that_come_fast_leave_together_but_not_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "HOLD_NS", 10**18)  # as if no time passed
+    monkeypatch.setattr(engine_module, "FRAME_NS", 10**18)  # as if no time passed
     listener = Listener()
     with running(ScriptedRunner(LIMITS)) as engine:
         engine.submit(request(1, 40), listener)
@@ -126,7 +126,7 @@ def test_tokens_that_come_fast_leave_together_but_not_the_first_and_the_last(mon
 
 def test_no_token_waits_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held leaves before a step that computes a prompt, however short the steps have been."""
-    monkeypatch.setattr(engine_module, "HOLD_NS", 10**18)
+    monkeypatch.setattr(engine_module, "FRAME_NS", 10**18)
     first, second = Listener(), Listener()
     runner = ScriptedRunner(LIMITS, seconds=0.001)
     waiting: list[tuple[int, int]] = []

@@ -22,7 +22,7 @@ from textmill.engine.suited import suited
 
 log = logging.getLogger(__name__)
 
-HOLD_NS = 6_000_000  # tokens that come faster than this leave together: nobody reads so fast, and every message costs
+FRAME_NS = 16_000_000  # tokens that a screen shows in one frame leave together: every message costs
 
 
 class RunnerDied(Exception):
@@ -46,6 +46,7 @@ class Engine:
         self._outgoing: dict[Sink, list[Emission]] = {}  # what the last steps brought
         self._urgent = False  # whether an end or a first token is among it
         self._handed_ns = 0
+        self._step_ns = 0  # what the last step took
         self._wake = threading.Condition()  # guards everything below
         self._ledger = Ledger()
         self._live: dict[int, Sequence] = {}
@@ -240,6 +241,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - fault boundary: a step that breaks fails its own requests only
             self._lose(step, error)
             return
+        self._step_ns = int(result.seconds * 1e9)
         begin, ran = time.perf_counter(), time.thread_time()
         prefill = self._scheduler.is_prefill(step)
         self._urgent |= prefill
@@ -266,8 +268,8 @@ class Engine:
 
     def _can_wait(self, step: Step) -> bool:
         """Whether what is ready may leave with what `step` brings: ends and first tokens never do."""
-        recent = time.monotonic_ns() - self._handed_ns < HOLD_NS
-        return recent and not self._urgent and not self._scheduler.is_prefill(step)
+        later = time.monotonic_ns() + self._step_ns
+        return later - self._handed_ns < FRAME_NS and not self._urgent and not self._scheduler.is_prefill(step)
 
     def _hand_over(self) -> None:
         if not self._outgoing:

@@ -20,7 +20,7 @@ from textmill.kernels.native_weights import plain as plain
 from textmill.kernels.rows import Rows as Rows
 from textmill.kernels.rows import Unrecordable as Unrecordable
 from textmill.kernels.spec import ACTIVATIONS, Array, AttentionSpec, ConvolutionSpec, ExpertsSpec, ScanSpec
-from textmill.kernels.step_arrays import StepArrays as StepArrays
+from textmill.kernels.step_results import StepArrays as StepArrays
 
 try:
     from textmill import _native
@@ -295,7 +295,7 @@ class Program:
         every_row: bool,
         placed: Placed | None,
     ) -> StepArrays:
-        out = self.room_for(work)
+        out = self._room_for(work)
         started = time.perf_counter()
         self._native.run(
             np.ascontiguousarray(work, np.int32), *out.columns(), logits, sample, every_row, *(placed or (None, None))
@@ -303,7 +303,7 @@ class Program:
         self.compute_seconds += time.perf_counter() - started
         return out
 
-    def room_for(self, work: NDArray[np.int32]) -> StepArrays:
+    def _room_for(self, work: NDArray[np.int32]) -> StepArrays:
         """Arrays for the results of a step, as large as its work and its slots want them."""
         count, slots = int(np.maximum(work[:, 3], 1).sum()), work[:, 0]
         known = slots[(slots >= 0) & (slots < self.max_slots)]

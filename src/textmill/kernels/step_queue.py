@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from textmill import _native
-from textmill.kernels.native import Program, StepArrays
+from textmill.kernels.native import Program
+from textmill.kernels.step_results import StepLists
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """A step that left the queue. `arrays` are filled unless it was held."""
+class Ran(NamedTuple):
+    """A step that left the queue. The results are filled unless it was held."""
 
-    arrays: StepArrays
+    results: StepLists
     seconds: float
     held: bool
 
@@ -32,23 +30,19 @@ class StepQueue:
     def __init__(self, program: Program) -> None:
         self.failed = np.zeros(program.max_slots, np.uint8)
         self._program = program
-        self._native = _native.StepQueue(program.handle, self.failed)
-        self._waiting: deque[StepArrays] = deque()
+        self._native = _native.StepQueue(program.handle, self.failed, program.max_top_n)
 
-    def submit(self, work: NDArray[np.int32]) -> None:
+    def submit(self, work: list[tuple[int, int, int, int]]) -> None:
         """As `Program.run`. What the slot tables say of the step's slots may not change until it is collected."""
-        arrays = self._program.room_for(work)
-        self._native.submit(work, *arrays.columns())
-        self._waiting.append(arrays)
+        self._native.submit(work)
 
     def collect(self) -> Ran:
         """Waits for the oldest step. Raises ValueError if it could not run at all."""
-        seconds, held, error = self._native.collect()
-        arrays = self._waiting.popleft()
+        seconds, held, error, tokens, logprobs, errors, tops, prompt_logprobs = self._native.collect()
         self._program.compute_seconds += seconds
         if error:
             raise ValueError(error)
-        return Ran(arrays, seconds, held)
+        return Ran(StepLists(tokens, logprobs, errors, tops, prompt_logprobs), seconds, held)
 
     def go_on(self) -> None:
         """Lets the steps run that wait behind one that was held or could not run."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from textmill.core import Sampled, SlotWork, TokenChoice
-from textmill.kernels.native import NativeWeight, Placed, Program, Rows, StepArrays, Unrecordable
+from textmill.kernels.native import NativeWeight, Placed, Program, Rows, Unrecordable
 from textmill.kernels.spec import Array, AttentionSpec, ConvolutionSpec, ScanSpec
+from textmill.kernels.step_results import StepLists
 from textmill.layers.causal_lm import CausalLM
 from textmill.layers.types import Context, Encoder, Hidden, Stored
 from textmill.runner.runner import NOT_FINITE
@@ -84,19 +85,19 @@ class NativeExecutor:
         return self.program.compute_seconds
 
     def run(self, work: Sequence[SlotWork]) -> list[Sampled]:
-        return self.answers(work, self.program.run(rows_of(work), self.placed(work)))
+        rows = np.array(rows_of(work), dtype=np.int32)
+        return self.answers(work, self.program.run(rows, self.placed(work)).lists())
 
-    def answers(self, work: Sequence[SlotWork], arrays: StepArrays) -> list[Sampled]:
+    def answers(self, work: Sequence[SlotWork], results: StepLists) -> list[Sampled]:
         """What a step that ran brought, parallel to its work."""
-        choices = choices_of(arrays)
-        errors = arrays.error.tolist()
+        choices = choices_of(results)
         out: list[Sampled] = []
         place = first_row = 0
         for item in work:
-            if errors[place]:
+            if results.error[place]:
                 out.append(Sampled(item.slot, None, error=NOT_FINITE))
             else:
-                scored = self._prompt_logprobs(arrays.prompt_logprobs, item, first_row)
+                scored = self._prompt_logprobs(results.prompt_logprobs, item, first_row)
                 last = place + 1 + len(item.draft)
                 more = tuple([one for one in choices[place + 1 : last] if one is not None]) if item.draft else ()
                 out.append(Sampled(item.slot, choices[place], scored, more=more))
@@ -118,13 +119,13 @@ class NativeExecutor:
         """The features of images that stand in rows of the work."""
         return None if self._seeing is None else self._seeing.placed(work)
 
-    def _prompt_logprobs(self, values: NDArray[np.float32], item: SlotWork, first_row: int) -> tuple[float, ...]:
+    def _prompt_logprobs(self, values: list[float], item: SlotWork, first_row: int) -> tuple[float, ...]:
         """Of positions start+1 .. start+count, as far as those tokens were known before the step."""
-        if not self.program.prompt_logprobs[item.slot]:
+        if not values or not self.program.prompt_logprobs[item.slot]:
             return ()
         known = item.start + item.count - len(item.draft) if item.samples else int(self.program.length[item.slot])
         count = max(0, min(item.count, known - 1 - item.start))
-        return tuple(values[first_row : first_row + count].tolist())
+        return tuple(values[first_row : first_row + count])
 
 
 class Seeing:
@@ -150,20 +151,13 @@ class Seeing:
         return self._pictures.rows(items, self._columns, self._encoder)
 
 
-def rows_of(work: Sequence[SlotWork]) -> NDArray[np.int32]:
+def rows_of(work: Sequence[SlotWork]) -> list[tuple[int, int, int, int]]:
     """The work as a program takes it: (slot, start, count, samples) each."""
-    return np.array([(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work], dtype=np.int32)
+    return [(w.slot, w.start, w.count, w.samples + len(w.draft)) for w in work]
 
 
-def choices_of(arrays: StepArrays) -> list[TokenChoice | None]:
+def choices_of(results: StepLists) -> list[TokenChoice | None]:
     """A choice per place; None where no token was chosen or a wrong guess came before."""
-    columns = zip(arrays.token.tolist(), arrays.logprob.tolist(), arrays.top_count.tolist(), strict=True)
-    out: list[TokenChoice | None] = []
-    for place, (token, logprob, top_count) in enumerate(columns):
-        top = pairs(arrays.top_ids[place], arrays.top_logprobs[place], top_count) if top_count else ()
-        out.append(TokenChoice(token, logprob, top) if token >= 0 else None)
-    return out
-
-
-def pairs(ids: NDArray[np.int32], logprobs: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
+    tops = map(tuple, results.tops) if results.tops else repeat(())
+    columns = zip(results.token, results.logprob, tops, strict=False)
+    return [TokenChoice(token, logprob, top) if token >= 0 else None for token, logprob, top in columns]

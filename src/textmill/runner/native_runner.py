@@ -77,7 +77,7 @@ class NativeRunner:
 
     def _result(self, step: Step, ran: Ran, spent: float) -> StepResult:
         begin, executor = time.perf_counter(), self._executor
-        sampled = self._without_lost(step.work) if ran.held else executor.answers(step.work, ran.arrays)
+        sampled = self._without_lost(step.work) if ran.held else executor.answers(step.work, ran.results)
         for place, item in enumerate(step.work):
             if item.draft and sampled[place].error and not ran.held:
                 sampled[place] = self._without_guesses(item)

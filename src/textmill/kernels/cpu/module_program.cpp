@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "module.h"
@@ -238,28 +240,31 @@ class PyProgram {
   std::vector<Floats> kept_;
 };
 
-// A queue of steps; Python keeps the arrays of a step until it has collected it.
+// A queue of steps; work and results are plain lists, which cost less than arrays where steps have few rows.
 class PyStepQueue {
  public:
-  PyStepQueue(PyProgram& program, Array<uint8_t, nb::ndim<1>> failed)
-      : program_(program), failed_(failed), queue_(program.program(), checked(failed, program.slots())) {}
+  using Work = std::vector<std::tuple<int32_t, int32_t, int32_t, int32_t>>;
+  using Top = std::vector<std::pair<int32_t, float>>;
 
-  void submit(Array<const int32_t, nb::ndim<2>> work, Array<int32_t, nb::ndim<1>> token,
-              Array<float, nb::ndim<1>> logprob, Array<uint8_t, nb::ndim<1>> error,
-              Array<int32_t, nb::ndim<1>> top_count, Array<int32_t, nb::ndim<2>> top_ids,
-              Array<float, nb::ndim<2>> top_logprobs, Array<float, nb::ndim<1>> prompt_logprobs) {
-    const StepOutput out = program_.output_of(work, token, logprob, error, top_count, top_ids, top_logprobs,
-                                              prompt_logprobs, std::nullopt, true, false);
-    const auto* items = reinterpret_cast<const WorkItem*>(work.data());
-    std::vector<WorkItem> copy(items, items + work.shape(0));
-    for (const WorkItem& item : copy) require(item.slot >= 0 && item.slot < program_.slots(), "work: no such slot");
-    queue_.submit(std::move(copy), out);
+  PyStepQueue(PyProgram& program, Array<uint8_t, nb::ndim<1>> failed, int32_t most_tops)
+      : failed_(failed), queue_(program.program(), checked(failed, program.slots()), most_tops) {}
+
+  void submit(const Work& work) {
+    std::vector<WorkItem> items;
+    items.reserve(work.size());
+    for (const auto& [slot, start, count, samples] : work) items.push_back({slot, start, count, samples});
+    queue_.submit(std::move(items));
   }
 
-  std::tuple<double, bool, std::string> collect() {
-    nb::gil_scoped_release release;
-    StepQueue::Ran ran = queue_.collect();
-    return {ran.seconds, ran.held, std::move(ran.error)};
+  nb::tuple collect() {
+    StepQueue::Ran ran;
+    {
+      nb::gil_scoped_release release;
+      ran = queue_.collect();
+    }
+    StepResults& results = ran.results;
+    return nb::make_tuple(ran.seconds, ran.held, ran.error, results.token, results.logprob, results.error, tops(results),
+                          results.prompt_logprobs);
   }
 
   void go_on() { queue_.go_on(); }
@@ -270,7 +275,18 @@ class PyStepQueue {
     return failed.data();
   }
 
-  PyProgram& program_;
+  // Of every place, or none if nobody asked.
+  static std::vector<Top> tops(const StepResults& results) {
+    std::vector<Top> out(results.top_width ? results.token.size() : 0);
+    for (size_t place = 0; place < out.size(); ++place) {
+      const size_t first = place * static_cast<size_t>(results.top_width);
+      for (size_t i = first; i < first + static_cast<size_t>(results.top_count[place]); ++i) {
+        out[place].emplace_back(results.top_ids[i], results.top_logprobs[i]);
+      }
+    }
+    return out;
+  }
+
   Array<uint8_t, nb::ndim<1>> failed_;
   StepQueue queue_;
 };
@@ -312,7 +328,7 @@ void bind_program(nb::module_& m) {
       .def("profile", &PyProgram::profile)
       .def("reset_profile", &PyProgram::reset_profile);
   nb::class_<PyStepQueue>(m, "StepQueue")
-      .def(nb::init<PyProgram&, Array<uint8_t, nb::ndim<1>>>(), nb::keep_alive<1, 2>())
+      .def(nb::init<PyProgram&, Array<uint8_t, nb::ndim<1>>, int32_t>(), nb::keep_alive<1, 2>())
       .def("submit", &PyStepQueue::submit)
       .def("collect", &PyStepQueue::collect)
       .def("go_on", &PyStepQueue::go_on);

@@ -176,6 +176,9 @@ class Program {
   int64_t columns(int index) const { return value(index).cols; }
   // True if the slot asks for the log-probabilities of its prompt.
   bool wants_prompt(int32_t slot) const { return table_.prompt_logprobs[slot] != 0; }
+  // How many of the likeliest tokens a slot asks for beside the chosen one.
+  int32_t wanted_tops(int32_t slot) const { return table_.top_n[slot]; }
+  bool has_slot(int32_t slot) const { return slot >= 0 && slot < limits_.max_slots; }
   size_t kv_bytes_per_block() const { return kv_bytes_per_block_; }
   size_t arena_bytes() const { return arena_bytes_; }
   // What every slot holds beside its blocks.

@@ -3,8 +3,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
+#include <stdexcept>
 #include <utility>
 
 namespace textmill {
@@ -16,6 +18,29 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 
 }  // namespace
 
+StepResults::StepResults(const Program& program, const std::vector<WorkItem>& work, int32_t most_tops) {
+  size_t places = 0, rows = 0;
+  bool scored = false;
+  for (const WorkItem& item : work) {
+    if (!program.has_slot(item.slot)) throw std::invalid_argument("work: no such slot");
+    if (item.samples < 0 || item.samples > item.count) throw std::invalid_argument("work: more samples than rows");
+    places += static_cast<size_t>(item.places());
+    rows += static_cast<size_t>(item.count);
+    scored |= program.wants_prompt(item.slot);
+    top_width = std::max<int64_t>(top_width, std::min(program.wanted_tops(item.slot), most_tops));
+  }
+  const size_t tops = places * static_cast<size_t>(top_width);
+  token.resize(places), logprob.resize(places), error.resize(places), top_count.resize(places);
+  top_ids.resize(tops), top_logprobs.resize(tops);
+  prompt_logprobs.resize(scored ? rows : 0);
+}
+
+StepOutput StepResults::output() {
+  float* const scores = prompt_logprobs.empty() ? nullptr : prompt_logprobs.data();
+  return {token.data(),   logprob.data(), error.data(), top_count.data(), top_ids.data(), top_logprobs.data(),
+          top_width,      scores,         nullptr,      true,             false};
+}
+
 StepQueue::~StepQueue() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -26,10 +51,12 @@ StepQueue::~StepQueue() {
   thread_.join();
 }
 
-void StepQueue::submit(std::vector<WorkItem> work, const StepOutput& output) {
+void StepQueue::submit(std::vector<WorkItem> work) {
+  Ran ran;
+  ran.results = StepResults(program_, work, most_tops_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    tickets_.push_back({std::move(work), output, {}, false});
+    tickets_.push_back({std::move(work), std::move(ran), false});
     ++changes_;
   }
   ready_.notify_one();
@@ -38,7 +65,7 @@ void StepQueue::submit(std::vector<WorkItem> work, const StepOutput& output) {
 StepQueue::Ran StepQueue::collect() {
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [this] { return stopping_ || (!tickets_.empty() && tickets_.front().done); });
-  if (tickets_.empty() || !tickets_.front().done) return {0, false, "the queue was stopped"};
+  if (tickets_.empty() || !tickets_.front().done) return {0, false, "the queue was stopped", {}};
   Ran ran = std::move(tickets_.front().ran);
   tickets_.pop_front();
   --taken_;
@@ -87,7 +114,7 @@ StepQueue::Ticket* StepQueue::next() {
 void StepQueue::run(Ticket& ticket) {
   const auto started = Clock::now();
   try {
-    program_.run(ticket.work.data(), static_cast<int64_t>(ticket.work.size()), ticket.output, {});
+    program_.run(ticket.work.data(), static_cast<int64_t>(ticket.work.size()), ticket.ran.results.output(), {});
     mark_failed(ticket);
   } catch (const std::exception& error) {
     ticket.ran.error = error.what();
@@ -106,7 +133,7 @@ bool StepQueue::touches_failed(const Ticket& ticket) const {
 void StepQueue::mark_failed(const Ticket& ticket) {
   int64_t place = 0;
   for (const WorkItem& item : ticket.work) {
-    failed_[item.slot] |= ticket.output.error[place] != 0;  // of the newest known token; later places are guesses
+    failed_[item.slot] |= ticket.ran.results.error[static_cast<size_t>(place)] != 0;  // of the newest known token; later places are guesses
     place += item.places();
   }
 }

@@ -1,9 +1,9 @@
-"""What a native step brings, column by column."""
+"""What a native step brings, column by column: as arrays, or as plain lists."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,16 @@ class StepArrays:
     top_logprobs: NDArray[np.float32]
     prompt_logprobs: NDArray[np.float32]
 
+    def lists(self) -> StepLists:
+        tops = zip(self.top_ids, self.top_logprobs, self.top_count.tolist(), strict=True)
+        return StepLists(
+            self.token.tolist(),
+            self.logprob.tolist(),
+            self.error.tolist(),
+            [list(zip(i[:n].tolist(), v[:n].tolist(), strict=True)) for i, v, n in tops] if self.top_ids.size else [],
+            self.prompt_logprobs.tolist(),
+        )
+
     def columns(self) -> ResultColumns:
         """All of them, as the native calls take them."""
         return (
@@ -49,3 +59,13 @@ class StepArrays:
             self.top_logprobs,
             self.prompt_logprobs,
         )
+
+
+class StepLists(NamedTuple):
+    """As StepArrays. tops: (id, log-probability) of the likeliest tokens, place by place; empty if nobody asked."""
+
+    token: list[int]
+    logprob: list[float]
+    error: list[int]
+    tops: list[list[tuple[int, float]]]
+    prompt_logprobs: list[float]
