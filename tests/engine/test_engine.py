@@ -146,6 +146,35 @@ def test_no_token_waits_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen >= known > 15
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.002])
+def test_first_tokens_leave_before_the_next_step_where_kernels_take_every_core(rest: float) -> None:
+    listener, runner = Listener(), ScriptedRunner(LIMITS, eager=True)
+    handed: list[int] = []  # tokens that had left when a step was launched
+    runner.script = lambda step: handed.append(len(listener.tokens(1)))  # type: ignore[func-returns-value]
+    with running(runner, EngineSettings(rest_seconds=rest)) as engine:
+        engine.submit(request(1, 8), listener)
+        assert engine.wait_idle(10)
+    assert listener.tokens(1) == answer(request(1, 8))
+    assert handed[:2] == [0, 1 if rest else 0]
+
+
+def test_a_running_stream_does_not_rest_for_others_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: rests.append(seconds) if seconds == 0.5 else sleep(seconds))
+    first, second = Listener(), Listener()
+    runner = ScriptedRunner(LIMITS, seconds=0.001)
+    with running(runner, EngineSettings(rest_seconds=0.5)) as engine:
+        engine.submit(request(1, 100), first)
+        first.wait(lambda: len(first.tokens(1)) > 5)
+        engine.submit(request(2, 5), second)
+        assert engine.wait_idle(10)
+        assert rests == [0.5]
+        engine.submit(request(3, 1), second)  # no step comes behind it
+        assert engine.wait_idle(10)
+    assert rests == [0.5]
+
+
 def test_idle_engine_sleeps() -> None:
     listener = Listener()
     with running(ScriptedRunner(LIMITS)) as engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_BEATS = 0.5
 SECONDS_BETWEEN_PROFILES = 10.0
+REST_SECONDS = 0.001  # about what a token needs from the engine to the client's socket
 
 
 def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int) -> None:
@@ -85,8 +87,15 @@ def build(handed: Handed, status: StatusPipe, ranks: RankProcesses | None = None
         prefix_caching=handed.settings.prefix_caching,
         prefill_pacing=handed.settings.prefill_pacing,
         speculate=handed.settings.speculate or 0,
+        rest_seconds=REST_SECONDS if takes_every_core(handed.settings, info) else 0.0,
     )
     return Engine(runner, settings), info
+
+
+def takes_every_core(settings: Settings, info: EngineInfo) -> bool:
+    """Whether kernels run on all cores that the routers have, too."""
+    cores = len(os.sched_getaffinity(0))
+    return info.device == "cpu" and (settings.cpu_threads or cores) >= cores
 
 
 def build_runner(

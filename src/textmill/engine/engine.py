@@ -42,6 +42,7 @@ class Engine:
         self._counters = Counters()
         self._scheduler = Scheduler(runner.limits, settings, self._counters)
         self._steps_ahead = settings.steps_ahead
+        self._rest_seconds = settings.rest_seconds
         self._in_flight: deque[Step] = deque()
         self._outgoing: dict[Sink, list[Emission]] = {}  # what the last steps brought
         self._urgent = False  # whether an end or a first token is among it
@@ -192,6 +193,7 @@ class Engine:
         What a step brought is handed over after the next one is launched, if that takes no time: whoever gets it wakes
         up and wants the interpreter, too.
         """
+        self._hand_over_first_tokens()
         step = self._plan()
         if step is not None and (step.admissions or step.releases):
             self._hand_over()
@@ -270,6 +272,20 @@ class Engine:
         """Whether what is ready may leave with what `step` brings: ends and first tokens never do."""
         later = time.monotonic_ns() + self._step_ns
         return later - self._handed_ns < FRAME_NS and not self._urgent and not self._scheduler.is_prefill(step)
+
+    def _hand_over_first_tokens(self) -> None:
+        """If kernels and everybody else share the cores, first tokens get a moment to travel before the next step.
+
+        Only those that no running stream would wait for.
+        """
+        if not self._rest_seconds or not self._in_flight:
+            return
+        if self._scheduler.brings_first_tokens_only(self._in_flight[-1]):
+            while self._in_flight:
+                self._digest_oldest()
+            self._hand_over()
+            if self._scheduler.busy:
+                time.sleep(self._rest_seconds)
 
     def _hand_over(self) -> None:
         if not self._outgoing:

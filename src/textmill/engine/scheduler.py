@@ -40,9 +40,9 @@ class EngineSettings:
 
     `max_batch_prefill_tokens` bounds the tokens of one step, `prefill_tokens_beside_decode` those of prompts in a
     step that also decodes (None: no further bound); `prefill_pacing` adds a bound that is learned, so that running
-    streams hardly feel a prompt arrive. `steps_ahead` is how many steps are launched
-    while one runs: 1 keeps the runner busy, 0 plans each step with all that is known. `speculate` is the most tokens
-    that a sequence guesses ahead; 0: none.
+    streams hardly feel a prompt arrive. `steps_ahead` is how many steps are launched while one runs: 1 keeps the runner
+    busy, 0 plans each step with all that is known. `speculate`: the most tokens that a sequence guesses ahead; 0: none.
+    `rest_seconds`: how long a runner that takes every core rests after a step that brought nothing but first tokens.
     """
 
     max_batch_prefill_tokens: int | None = None
@@ -53,6 +53,7 @@ class EngineSettings:
     prefix_caching: bool = True
     steps_ahead: int = 1
     speculate: int = 0
+    rest_seconds: float = 0.0
 
 
 class Scheduler:
@@ -124,6 +125,11 @@ class Scheduler:
     def is_prefill(self, step: Step) -> bool:
         """True if a step in flight holds any prompt token."""
         return self._plans[step.number].prefill
+
+    def brings_first_tokens_only(self, step: Step) -> bool:
+        """True if a step in flight brings first tokens and no others."""
+        plan = self._plans[step.number]
+        return plan.prefill and not plan.decode_tokens and any(row.work.samples for row in plan.rows)
 
     def fail(self, step: Step, text: str) -> list[Event]:
         """A step was lost: its sequences fail, all others go on."""
