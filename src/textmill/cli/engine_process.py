@@ -35,6 +35,8 @@ REST_SECONDS = 0.001  # about what a token needs from the engine to the client's
 
 def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int) -> None:
     """Load the model and serve it to routers over a Unix socket."""
+    import uvloop
+
     die_with(parent, "textmill-engine")
     status = StatusPipe(status_fd)
     handed = read_handed(Path(settings))
@@ -42,7 +44,7 @@ def serve_engine(settings: str, socket: str, status_fd: int | None, parent: int)
     ranks = start_ranks(handed, Path(settings), Path(socket), status)
     try:
         engine, info = build(handed, status, ranks)
-        asyncio.run(serve(engine, info, Path(socket), handed.settings, status))
+        uvloop.run(serve(engine, info, Path(socket), handed.settings, status))
     except TextmillError as error:
         log.debug("the engine ends", exc_info=error)
         status.fail(error.message if ranks is None else ranks.named(error.message))
