@@ -133,7 +133,8 @@ bool StepQueue::touches_failed(const Ticket& ticket) const {
 void StepQueue::mark_failed(const Ticket& ticket) {
   int64_t place = 0;
   for (const WorkItem& item : ticket.work) {
-    failed_[item.slot] |= ticket.ran.results.error[static_cast<size_t>(place)] != 0;  // of the newest known token; later places are guesses
+    // Of the newest known token; later places are guesses.
+    failed_[item.slot] |= ticket.ran.results.error[static_cast<size_t>(place)] != 0;
     place += item.places();
   }
 }
