@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from textmill.cli.child import Handed, read_handed
-from textmill.cli.engine_process import gained
+from textmill.cli.engine_process import gained, takes_every_core
 from textmill.cli.permits import fill_permits
 from textmill.cli.progress import table_lines
 from textmill.cli.status import StatusLines, StatusPipe
@@ -46,6 +46,14 @@ def test_settings_and_model_are_handed_over_whole(tmp_path: Path) -> None:
 
 def test_profile_shows_what_changed() -> None:
     assert gained({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.5, "c": 3.0}) == {"b": 0.5, "c": 3.0}
+
+
+def test_kernels_leave_a_core_to_the_rest_only_if_told_so() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert takes_every_core(Settings(), "cpu")
+    assert takes_every_core(Settings(cpu_threads=cores), "cpu")
+    assert takes_every_core(Settings(cpu_threads=1), "cpu") == (cores == 1)
+    assert not takes_every_core(Settings(), "cuda")
 
 
 def test_tables_of_rows_or_a_mapping() -> None:

@@ -158,16 +158,39 @@ def test_first_tokens_leave_before_the_next_step_where_kernels_take_every_core(r
     assert handed[:2] == [0, 1 if rest else 0]
 
 
+def test_who_arrives_during_a_first_step_is_in_the_next() -> None:
+    listener, runner = Listener(), ScriptedRunner(LIMITS)
+    with running(runner, EngineSettings(rest_seconds=0.001)) as engine:
+
+        def look(step: Step) -> None:
+            if step.number == 1:
+                engine.submit(request(2, 5), listener)
+
+        runner.script = look
+        engine.submit(request(1, 5), listener)
+        assert engine.wait_idle(10)
+    assert [len(step.admissions) for step in runner.steps[:2]] == [1, 1]
+    assert [listener.tokens(i) for i in (1, 2)] == [answer(request(i, 5)) for i in (1, 2)]
+
+
 def test_a_running_stream_does_not_rest_for_others_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: rests.append(seconds) if seconds == 0.5 else sleep(seconds))
     first, second = Listener(), Listener()
-    runner = ScriptedRunner(LIMITS, seconds=0.001)
+    submitted = threading.Event()
+
+    def look(step: Step) -> None:
+        if step.number == 10:
+            assert submitted.wait(10)
+
+    runner = ScriptedRunner(LIMITS)
+    runner.script = look
     with running(runner, EngineSettings(rest_seconds=0.5)) as engine:
         engine.submit(request(1, 100), first)
-        first.wait(lambda: len(first.tokens(1)) > 5)
+        first.wait(lambda: len(runner.steps) > 5)
         engine.submit(request(2, 5), second)
+        submitted.set()
         assert engine.wait_idle(10)
         assert rests == [0.5]
         engine.submit(request(3, 1), second)  # no step comes behind it

@@ -89,15 +89,15 @@ def build(handed: Handed, status: StatusPipe, ranks: RankProcesses | None = None
         prefix_caching=handed.settings.prefix_caching,
         prefill_pacing=handed.settings.prefill_pacing,
         speculate=handed.settings.speculate or 0,
-        rest_seconds=REST_SECONDS if takes_every_core(handed.settings, info) else 0.0,
+        rest_seconds=REST_SECONDS if takes_every_core(handed.settings, info.device) else 0.0,
     )
     return Engine(runner, settings), info
 
 
-def takes_every_core(settings: Settings, info: EngineInfo) -> bool:
+def takes_every_core(settings: Settings, device: str) -> bool:
     """Whether kernels run on all cores that the routers have, too."""
     cores = len(os.sched_getaffinity(0))
-    return info.device == "cpu" and (settings.cpu_threads or cores) >= cores
+    return device == "cpu" and (settings.cpu_threads or cores) >= cores
 
 
 def build_runner(

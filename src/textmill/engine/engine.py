@@ -193,7 +193,8 @@ class Engine:
         What a step brought is handed over after the next one is launched, if that takes no time: whoever gets it wakes
         up and wants the interpreter, too.
         """
-        self._hand_over_first_tokens()
+        if self._handed_over_first_tokens():
+            return
         step = self._plan()
         if step is not None and (step.admissions or step.releases):
             self._hand_over()
@@ -273,19 +274,21 @@ class Engine:
         later = time.monotonic_ns() + self._step_ns
         return later - self._handed_ns < FRAME_NS and not self._urgent and not self._scheduler.is_prefill(step)
 
-    def _hand_over_first_tokens(self) -> None:
+    def _handed_over_first_tokens(self) -> bool:
         """If kernels and everybody else share the cores, first tokens get a moment to travel before the next step.
 
-        Only those that no running stream would wait for.
+        Only those that no running stream would wait for; then that step is planned with what has arrived meanwhile.
         """
         if not self._rest_seconds or not self._in_flight:
-            return
-        if self._scheduler.brings_first_tokens_only(self._in_flight[-1]):
-            while self._in_flight:
-                self._digest_oldest()
-            self._hand_over()
-            if self._scheduler.busy:
-                time.sleep(self._rest_seconds)
+            return False
+        if not self._scheduler.brings_first_tokens_only(self._in_flight[-1]):
+            return False
+        while self._in_flight:
+            self._digest_oldest()
+        self._hand_over()
+        if self._scheduler.busy:
+            time.sleep(self._rest_seconds)
+        return True
 
     def _hand_over(self) -> None:
         if not self._outgoing:
