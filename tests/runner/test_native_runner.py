@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_steps_planned_ahead_bring_what_steps_one_by_one_bring(runner: Runner) -
     assert [one.number for one in ahead] == list(range(1, 30))
     assert all(one.seconds > 0 for one in ahead)
     assert None not in [token for one in ahead for token in tokens_of(one)]
+
+
+def test_the_likeliest_tokens_go_to_who_asked(runner: Runner) -> None:
+    asks = replace(admit(0, Sampling()), top_n_tokens=3)
+    runner.submit(first_step(asks, admit(1, Sampling())))
+    [asked, silent] = [sampled.token for sampled in runner.collect().sampled]
+    assert asked is not None
+    assert silent is not None
+    assert asked.top[0] == (asked.id, asked.logprob)
+    logprobs = [logprob for _, logprob in asked.top]
+    assert len(logprobs) == 3
+    assert logprobs == sorted(logprobs, reverse=True)
+    assert silent.top == ()
 
 
 def test_the_runner_of_native_models_is_this_one(runner: Runner) -> None:

@@ -39,6 +39,7 @@ class StepArrays:
     prompt_logprobs: NDArray[np.float32]
 
     def lists(self) -> StepLists:
+        """The same as steps of a queue bring it."""
         tops = zip(self.top_ids, self.top_logprobs, self.top_count.tolist(), strict=True)
         return StepLists(
             self.token.tolist(),

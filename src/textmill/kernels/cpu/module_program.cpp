@@ -157,6 +157,28 @@ class PyProgram {
     return out;
   }
 
+  void run(Array<const int32_t, nb::ndim<2>> work, Array<int32_t, nb::ndim<1>> token, Array<float, nb::ndim<1>> logprob,
+           Array<uint8_t, nb::ndim<1>> error, Array<int32_t, nb::ndim<1>> top_count,
+           Array<int32_t, nb::ndim<2>> top_ids, Array<float, nb::ndim<2>> top_logprobs,
+           Array<float, nb::ndim<1>> prompt_logprobs, std::optional<Array<float, nb::ndim<2>>> logits, bool sample,
+           bool every_row, std::optional<Array<const int32_t, nb::ndim<1>>> placed_row,
+           std::optional<Array<const float, nb::ndim<2>>> placed) {
+    const StepOutput out = output_of(work, token, logprob, error, top_count, top_ids, top_logprobs, prompt_logprobs,
+                                     logits, sample, every_row);
+    require(placed_row.has_value() == placed.has_value(), "run: placed rows and which they are come together");
+    PlacedRows given;
+    if (placed) {
+      given = {placed_row->data(), static_cast<int64_t>(placed_row->size()), placed->data(),
+               static_cast<int64_t>(placed->shape(0)), static_cast<int64_t>(placed->shape(1))};
+    }
+    nb::gil_scoped_release release;
+    program_.run(reinterpret_cast<const WorkItem*>(work.data()), static_cast<int64_t>(work.shape(0)), out, given);
+  }
+
+  Program& program() { return program_; }
+  int64_t slots() const { return limits_.max_slots; }
+
+ private:
   // Where the results of a step go, after a look at the sizes of everything.
   StepOutput output_of(const Array<const int32_t, nb::ndim<2>>& work, const Array<int32_t, nb::ndim<1>>& token,
                        const Array<float, nb::ndim<1>>& logprob, const Array<uint8_t, nb::ndim<1>>& error,
@@ -187,28 +209,6 @@ class PyProgram {
             logits ? logits->data() : nullptr, sample, every_row};
   }
 
-  void run(Array<const int32_t, nb::ndim<2>> work, Array<int32_t, nb::ndim<1>> token, Array<float, nb::ndim<1>> logprob,
-           Array<uint8_t, nb::ndim<1>> error, Array<int32_t, nb::ndim<1>> top_count,
-           Array<int32_t, nb::ndim<2>> top_ids, Array<float, nb::ndim<2>> top_logprobs,
-           Array<float, nb::ndim<1>> prompt_logprobs, std::optional<Array<float, nb::ndim<2>>> logits, bool sample,
-           bool every_row, std::optional<Array<const int32_t, nb::ndim<1>>> placed_row,
-           std::optional<Array<const float, nb::ndim<2>>> placed) {
-    const StepOutput out = output_of(work, token, logprob, error, top_count, top_ids, top_logprobs, prompt_logprobs,
-                                     logits, sample, every_row);
-    require(placed_row.has_value() == placed.has_value(), "run: placed rows and which they are come together");
-    PlacedRows given;
-    if (placed) {
-      given = {placed_row->data(), static_cast<int64_t>(placed_row->size()), placed->data(),
-               static_cast<int64_t>(placed->shape(0)), static_cast<int64_t>(placed->shape(1))};
-    }
-    nb::gil_scoped_release release;
-    program_.run(reinterpret_cast<const WorkItem*>(work.data()), static_cast<int64_t>(work.shape(0)), out, given);
-  }
-
-  Program& program() { return program_; }
-  int64_t slots() const { return limits_.max_slots; }
-
- private:
   static Activation kind_of(int number) {
     require(number >= 0 && number <= 7, "no such activation");
     return static_cast<Activation>(number);
