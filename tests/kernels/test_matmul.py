@@ -57,12 +57,25 @@ class Matrix:
 
 
 def random_matrix(
-    n: int, k: int, bits: int, group: int, *, offsets: bool, zero: int, half: bool, scale: float = 0.01, seed: int = 0
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    *,
+    offsets: bool,
+    zero: int,
+    half: bool,
+    even: bool = False,
+    scale: float = 0.01,
+    seed: int = 0,
 ) -> Matrix:
+    """`half`: scales and offsets are 16-bit floats; `even`: none is far below the largest, as in real models."""
     random = np.random.default_rng(seed)
 
     def floats(size: float) -> Floats:
         values = (random.standard_normal((n, k // group)) * size).astype(np.float32)
+        if even:
+            values = np.copysign(random.uniform(size / 4, size * 3.9, values.shape), values).astype(np.float32)
         return values.astype(np.float16).astype(np.float32) if half else values
 
     codes = random.integers(0, 1 << bits, (n, k), dtype=np.uint8)
@@ -144,6 +157,7 @@ def cases(draw: st.DrawFn) -> tuple[Matrix, int]:
         offsets=draw(st.booleans()),
         zero=draw(st.sampled_from([0, 8, 15] if bits == 4 else [0, 8, 128, 255])),
         half=draw(st.booleans()),
+        even=draw(st.booleans()),
         scale=draw(st.sampled_from([0.01, 3e-5, 1e3])),
         seed=draw(st.integers(0, 1000)),
     )
@@ -151,12 +165,16 @@ def cases(draw: st.DrawFn) -> tuple[Matrix, int]:
 
 
 LARGE = random_matrix(72, 1600, 4, 32, offsets=True, zero=0, half=True)
+WHOLE = random_matrix(90, 1600, 4, 32, offsets=True, zero=0, half=True, even=True)
+WHOLE_ZERO = random_matrix(90, 1600, 4, 64, offsets=False, zero=8, half=True, even=True)
 
 
 @pytest.mark.parametrize("name", SETS)
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 @example(case=(LARGE, 130))
+@example(case=(WHOLE, 130))
+@example(case=(WHOLE_ZERO, 40))
 @example(case=(random_matrix(40, 800, 8, 16, offsets=False, zero=32, half=False), 50))
 def test_packed_products(name: str, case: tuple[Matrix, int]) -> None:
     native.set_instruction_set(name)
@@ -210,12 +228,14 @@ def test_activations_far_out(activation: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("kind", ["4-bit", "8-bit", "half groups", "per channel", "dense"])
+@pytest.mark.parametrize("kind", ["4-bit", "whole", "whole, zero", "8-bit", "half groups", "per channel", "dense"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_row_never_depends_on_its_neighbours(name: str, kind: str, gated: bool) -> None:
     native.set_instruction_set(name)
     weight = {
         "4-bit": lambda: random_matrix(90, 1600, 4, 32, offsets=True, zero=0, half=True).pack(),
+        "whole": WHOLE.pack,
+        "whole, zero": WHOLE_ZERO.pack,
         "8-bit": lambda: random_matrix(90, 832, 8, 64, offsets=False, zero=128, half=True).pack(),
         "half groups": lambda: random_matrix(90, 96, 8, 16, offsets=False, zero=32, half=False).pack(),
         "per channel": lambda: random_matrix(90, 96, 4, 96, offsets=True, zero=8, half=False).pack(),
@@ -246,9 +266,10 @@ def test_a_column_never_depends_on_its_neighbours(bits: int) -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dense", [False, True])
-def test_bad_numbers_stay_in_their_row(name: str, bad: float, dense: bool) -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_bad_numbers_stay_in_their_row(name: str, bad: float, dense: bool, even: bool) -> None:
     native.set_instruction_set(name)
-    matrix = random_matrix(37, 96, 4, 32, offsets=True, zero=0, half=True)
+    matrix = random_matrix(37, 96, 4, 32, offsets=True, zero=0, half=True, even=even)
     weight = dense_weight(matrix.exact().astype(np.float32)) if dense else matrix.pack()
     x = random_rows(15, 96)
     clean = multiply(x, weight)
@@ -278,12 +299,44 @@ def test_scales_that_halves_cannot_hold() -> None:
         assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_instruction_sets_agree() -> None:
+@pytest.mark.parametrize("offsets", [False, True])
+def test_scales_become_whole_numbers_where_nothing_is_lost(offsets: bool) -> None:
+    random = np.random.default_rng(5)
+    n, k = 40, 1600
+    scales = random.integers(-32767, 32767, (n, k // 32)).astype(np.float32) * np.float32(2.0**-20)
+    scales[:, 0] = 2.0**-6  # 15 bits above the unit: more than a 16-bit float has
+    scales[7] = 0
+    lowest = (-8 * np.abs(scales)).astype(np.float16).astype(np.float32) if offsets else None
+    matrix = Matrix(random.integers(0, 16, (n, k), dtype=np.uint8), scales, lowest, 0, 4, 32)
+    weight = matrix.pack()
+    assert weight.nbytes < n * k / 32 * (16 + (5 if offsets else 3))  # a group: 16 bytes of codes, 2 a scale or offset
+    x = random_rows(30, k)
+    expected, magnitude = products(quantized(x), matrix.exact())
+    assert_close(multiply(x, weight), expected, 20 * magnitude + 1e-9)
+    rows = np.stack([weight.row(row) for row in range(n)])
+    codes = matrix.codes.astype(np.float32) * np.repeat(scales, 32, 1)
+    np.testing.assert_array_equal(rows, codes if matrix.offsets is None else codes + np.repeat(matrix.offsets, 32, 1))
+
+
+@pytest.mark.parametrize("spoilt", [2.0**-40, np.float32(1.0) + np.float32(2.0**-20), np.nan, np.inf])
+def test_one_scale_that_is_no_whole_number_leaves_all_as_they_were(spoilt: float) -> None:
+    scales = np.ones((40, 50), np.float32)
+    whole = Matrix(np.ones((40, 1600), np.uint8), scales, None, 8, 4, 32).pack()
+    scales[39, 49] = spoilt
+    matrix = Matrix(np.ones((40, 1600), np.uint8), scales.copy(), None, 8, 4, 32)
+    weight = matrix.pack()
+    assert weight.nbytes > whole.nbytes
+    np.testing.assert_array_equal(weight.row(39)[-32:], np.float32(-7 * np.float32(spoilt)))
+    assert weight.row(39)[0] == -7
+
+
+@pytest.mark.parametrize("matrix", [LARGE, WHOLE, WHOLE_ZERO])
+def test_instruction_sets_agree(matrix: Matrix) -> None:
     x = random_rows(13, 1600)
     results = []
     for name in SETS:
         native.set_instruction_set(name)
-        results.append(multiply(x, LARGE.pack()))
+        results.append(multiply(x, matrix.pack()))
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-4)
 

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "matmul_impl.h"
 #include "threads.h"
@@ -111,10 +112,14 @@ class Buffer {
 
 class PackedWeight final : public Weight {
  public:
-  PackedWeight(const PackedView& view, size_t bytes) : view_(view), buffer_(bytes), bytes_(bytes) {
+  PackedWeight(const PackedView& view, size_t bytes, const std::vector<int8_t>& powers)
+      : view_(view), buffer_(bytes + powers.size()), bytes_(bytes + powers.size()) {
     n = view.n;
     k = view.k;
     view_.data = buffer_.data();
+    if (!view.whole) return;
+    view_.powers = reinterpret_cast<int8_t*>(buffer_.data() + bytes);
+    std::copy(powers.begin(), powers.end(), view_.powers);
   }
   uint8_t* data() { return buffer_.data(); }
   size_t bytes() const override { return bytes_; }
@@ -164,6 +169,20 @@ bool all_halves(const float* values, int64_t count) {
   return true;
 }
 
+// The columns' powers, padded to whole blocks; none if some column has none.
+std::vector<int8_t> whole_powers(const float* scales, const float* offsets, int64_t n, int64_t groups) {
+  std::vector<int8_t> powers(static_cast<size_t>((n + kColumnBlock - 1) / kColumnBlock * kColumnBlock));
+  std::atomic<bool> whole{true};
+  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end && whole.load(std::memory_order_relaxed); ++column) {
+      const float* own = offsets ? offsets + column * groups : nullptr;
+      if (!whole_power(scales + column * groups, own, groups, &powers[static_cast<size_t>(column)])) whole = false;
+    }
+  });
+  if (!whole) powers.clear();
+  return powers;
+}
+
 void check_packed(int zero, int64_t n, int64_t k, int bits, int64_t group) {
   if (bits != 4 && bits != 8) throw std::invalid_argument("packed weight: bits must be 4 or 8");
   if (zero < 0 || zero >= 1 << bits) throw std::invalid_argument("packed weight: zero does not fit in the code's bits");
@@ -184,14 +203,18 @@ std::unique_ptr<Weight> make_packed_weight(const uint8_t* codes, const float* sc
   view.bits = bits;
   view.zero = zero;
   view.has_offsets = offsets != nullptr;
-  view.half_floats = all_halves(scales, count) && (!offsets || all_halves(offsets, count));
-  const size_t bytes = static_cast<size_t>(lay_out(&view, group));
-  auto weight = std::make_unique<PackedWeight>(view, bytes);
   const int64_t groups = k / group;
+  std::vector<int8_t> powers;
+  if (bits == 4 && group != 16 && (!offsets || zero == 0)) powers = whole_powers(scales, offsets, n, groups);
+  view.whole = !powers.empty();
+  view.half_floats = view.whole || (all_halves(scales, count) && (!offsets || all_halves(offsets, count)));
+  const size_t bytes = static_cast<size_t>(lay_out(&view, group));
+  auto weight = std::make_unique<PackedWeight>(view, bytes, powers);
   constexpr int64_t kAtOnce = 16 * kColumnBlock;
   parallel_for((n + kAtOnce - 1) / kAtOnce, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kAtOnce;
     PackedView part = view;
+    if (view.whole) part.powers = powers.data() + first;
     part.n = std::min(n, end * kAtOnce) - first;
     pack_blocks(part, codes + first * k, scales + first * groups, offsets ? offsets + first * groups : nullptr, group,
                 weight->data() + first / kColumnBlock * view.block_bytes);

@@ -58,7 +58,8 @@ class Weight {
 
 // codes: [n, k], one unsigned code per byte (bits = 4: 0..15, bits = 8: 0..255). scales, offsets: [n, k / group]
 // row-major; offsets may be null. group: 16, 32, 64, 128, ... or k (per channel); k a multiple of 16 (padded inside).
-// Scales and offsets are kept as 16-bit floats when all of them survive the round trip, else as 32-bit floats.
+// Scales and offsets are kept in 16 bits when all of a matrix survive the round trip (4-bit scales as whole numbers, if they
+// can be, which is fastest), else as 32-bit floats.
 std::unique_ptr<Weight> make_packed_weight(const uint8_t* codes, const float* scales, const float* offsets, int zero,
                                            int64_t n, int64_t k, int bits, int64_t group);
 

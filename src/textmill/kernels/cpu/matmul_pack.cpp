@@ -1,11 +1,23 @@
 // Puts weights into the layouts of matmul_impl.h, takes single rows out again, and unpacks GGUF blocks.
 // Compile flags: -O3 -ffp-contract=off (products and sums must round as numpy's do)
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "matmul_impl.h"
 
 namespace textmill {
 namespace matmul_detail {
+namespace {
+
+// Bits of a column's largest scale as a whole number, beside its sign: |dot| <= 15 * 127 * 32 of such fit 32 bits.
+constexpr int kWholeBits = 15;
+constexpr int kMostPower = 60;  // so that neither a unit nor what is counted in it comes near the ends of 32-bit floats
+
+float unit(int power) { return std::ldexp(1.0f, power); }
+
+}  // namespace
 
 float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
@@ -42,6 +54,25 @@ bool float_to_half_exact(float value, uint16_t* half) {
   return std::memcmp(&back, &value, 4) == 0;
 }
 
+bool whole_power(const float* scales, const float* offsets, int64_t groups, int8_t* power) {
+  float most = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!std::isfinite(scales[g])) return false;
+    most = std::max(most, std::fabs(scales[g]));
+  }
+  const int exponent = most > 0.0f ? std::ilogb(most) - kWholeBits + 1 : 0;
+  if (std::abs(exponent) > kMostPower) return false;
+  *power = static_cast<int8_t>(exponent);
+  const float units = unit(-exponent);  // of 1.0
+  uint16_t half;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float scale = scales[g] * units;
+    if (scale != std::nearbyint(scale) || std::fabs(scale) > 32767.0f) return false;
+    if (offsets && !float_to_half_exact(offsets[g] * units / kOffsetUnits, &half)) return false;
+  }
+  return true;
+}
+
 int64_t lay_out(PackedView* view, int64_t group) {
   view->chunks = chunk_count(view->k);
   view->half_groups = group == 16 && view->k != 16;
@@ -57,7 +88,17 @@ int64_t lay_out(PackedView* view, int64_t group) {
 
 namespace {
 
-void put_scale(const PackedView& view, uint8_t* set, int64_t index, float value) {
+// Value `index` of a set: of 8 scales, then 8 offsets.
+void put_scale(const PackedView& view, int8_t power, uint8_t* set, int64_t index, float value) {
+  if (view.whole) {
+    value *= unit(-power);
+    if (index < kColumnBlock) {
+      const int16_t scale = static_cast<int16_t>(value);
+      std::memcpy(set + index * 2, &scale, 2);
+      return;
+    }
+    value /= kOffsetUnits;
+  }
   if (view.half_floats) {
     uint16_t half = 0;
     float_to_half_exact(value, &half);
@@ -67,11 +108,13 @@ void put_scale(const PackedView& view, uint8_t* set, int64_t index, float value)
   }
 }
 
-float get_scale(const PackedView& view, const uint8_t* set, int64_t index) {
+float get_scale(const PackedView& view, int8_t power, const uint8_t* set, int64_t index) {
   if (view.half_floats) {
     uint16_t half;
     std::memcpy(&half, set + index * 2, 2);
-    return half_to_float(half);
+    if (!view.whole) return half_to_float(half);
+    if (index < kColumnBlock) return static_cast<float>(static_cast<int16_t>(half)) * unit(power);
+    return half_to_float(half) * kOffsetUnits * unit(power);
   }
   float value;
   std::memcpy(&value, set + index * 4, 4);
@@ -105,12 +148,12 @@ void pack_codes(const PackedView& view, const uint8_t* codes, int64_t lane, uint
 }
 
 void pack_column(const PackedView& view, const uint8_t* codes, const float* scales, const float* offsets, int64_t group,
-                 int64_t lane, uint8_t* block) {
+                 int64_t lane, int8_t power, uint8_t* block) {
   pack_codes(view, codes, lane, block);
   for (int64_t g = 0; g < view.k / group; ++g) {
     uint8_t* set = block + view.scales_at + g * view.set_bytes;
-    put_scale(view, set, lane, scales[g]);
-    if (view.has_offsets) put_scale(view, set, kColumnBlock + lane, offsets[g]);
+    put_scale(view, power, set, lane, scales[g]);
+    if (view.has_offsets) put_scale(view, power, set, kColumnBlock + lane, offsets[g]);
   }
 }
 
@@ -121,7 +164,8 @@ void pack_blocks(const PackedView& view, const uint8_t* codes, const float* scal
   const int64_t groups = view.k / group;
   for (int64_t column = 0; column < view.n; ++column) {
     pack_column(view, codes + column * view.k, scales + column * groups, offsets ? offsets + column * groups : nullptr,
-                group, column % kColumnBlock, data + column / kColumnBlock * view.block_bytes);
+                group, column % kColumnBlock, view.whole ? view.powers[column] : int8_t{0},
+                data + column / kColumnBlock * view.block_bytes);
   }
 }
 
@@ -135,14 +179,15 @@ void pack_dense(const float* values, int64_t n, int64_t k, float* data) {
 void unpack_row(const PackedView& view, int64_t row, float* out) {
   const uint8_t* block = view.data + row / kColumnBlock * view.block_bytes;
   const int64_t lane = row % kColumnBlock;
+  const int8_t power = view.whole ? view.powers[row] : int8_t{0};
   for (int64_t i = 0; i < view.k; ++i) {
     int shift;
     const uint8_t byte = block[code_position(view, i, lane, &shift)];
     const int code = (view.bits == 4 ? (byte >> shift) & 15 : byte) - view.zero;
     const int64_t index = view.half_groups ? i / 16 : i / kChunk / view.chunks_per_group;
     const uint8_t* set = block + view.scales_at + index * view.set_bytes;
-    const float value = get_scale(view, set, lane) * static_cast<float>(code);
-    out[i] = view.has_offsets ? value + get_scale(view, set, kColumnBlock + lane) : value;
+    const float value = get_scale(view, power, set, lane) * static_cast<float>(code);
+    out[i] = view.has_offsets ? value + get_scale(view, power, set, kColumnBlock + lane) : value;
   }
 }
 

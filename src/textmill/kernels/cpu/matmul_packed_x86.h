@@ -43,6 +43,7 @@ template <int kBits>
 void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int64_t count, int64_t blocks, uint8_t* to,
                   uint8_t* sets) {
   const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(w.zero));
+  const __m256 whole_zero = _mm256_set1_ps(static_cast<float>(w.zero));
   const int64_t step = panel_step(static_cast<int>(blocks), kBits, w.half_groups);
   const int64_t parts = units(w.half_groups);
   const int64_t units_a_set = w.chunks_per_group;  // 1 where a chunk has two units
@@ -52,8 +53,13 @@ void expand_block(const PackedView& w, const uint8_t* block, int64_t first, int6
     expand_codes<kBits>(block + (first + i) * w.code_bytes, zero, to);
     for (int64_t part = 0; part < parts; ++part) {
       float* scales = reinterpret_cast<float*>(sets + part * blocks * 64);
-      _mm256_store_ps(scales, load_scales(!w.half_floats, set, 0));
-      _mm256_store_ps(scales + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
+      if (w.whole) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(scales), Isa::load_whole(set));
+        _mm256_store_ps(scales + 8, whole_offsets(w.has_offsets, whole_zero, set));
+      } else {
+        _mm256_store_ps(scales, load_scales(!w.half_floats, set, 0));
+        _mm256_store_ps(scales + 8, w.has_offsets ? load_scales(!w.half_floats, set, 1) : _mm256_setzero_ps());
+      }
       if (--left_in_set == 0) {
         left_in_set = units_a_set;
         set += w.set_bytes;
@@ -111,7 +117,20 @@ struct PackedProducts {
       } else {
         direct(block + b, width, row, rows, y + b * 8);
       }
+      if (w.whole) leave_units(block + b, width, rows, y + b * 8);
       b += width;
+    }
+  }
+
+  // What was counted in the columns' units.
+  void leave_units(int64_t block, int64_t width, int64_t rows, float* y) const {
+    for (int64_t c = 0; c < width; ++c) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.powers + (block + c) * kColumnBlock));
+      const __m256i power = _mm256_add_epi32(_mm256_cvtepi8_epi32(eight), _mm256_set1_epi32(127));
+      const __m256 unit = _mm256_castsi256_ps(_mm256_slli_epi32(power, 23));
+      for (float* at = y + c * 8; at < y + rows * kLd; at += kLd) {
+        _mm256_store_ps(at, _mm256_mul_ps(_mm256_load_ps(at), unit));
+      }
     }
   }
 

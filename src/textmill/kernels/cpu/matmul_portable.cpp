@@ -45,21 +45,35 @@ struct Unit {  // a chunk, or half of one
   const uint8_t* codes;
   const uint8_t* set;
   const uint8_t* record;
-  int first_quad, last_quad, sum;
+  int first_quad, last_quad;
+  float sum;
 };
+
+// `sum`: 64 times the activations' scale and their codes' sum.
+void add_whole(const PackedView& w, const Unit& unit, const int32_t* dots, float scale, float sum, float* y) {
+  float offsets[kColumnBlock];
+  if (w.has_offsets) read_set(w, unit.set, kColumnBlock, offsets);
+  for (int lane = 0; lane < kColumnBlock; ++lane) {
+    int16_t whole;
+    std::memcpy(&whole, unit.set + lane * 2, 2);
+    const float offset = w.has_offsets ? offsets[lane] : -static_cast<float>(w.zero) / kOffsetUnits * static_cast<float>(whole);
+    y[lane] += scale * static_cast<float>(static_cast<int64_t>(dots[lane]) * whole);
+    y[lane] += offset * sum;
+  }
+}
 
 void add_unit(const PackedView& w, const Unit& unit, float* y) {
   int32_t dots[kColumnBlock] = {};
   add_quads(w, unit.codes, reinterpret_cast<const int8_t*>(unit.record), unit.first_quad, unit.last_quad, dots);
+  const float scale = read_float(unit.record + kRecordScale);
+  if (w.whole) return add_whole(w, unit, dots, scale, read_float(unit.record + kRecordScale + 4), y);
   float scales[kColumnBlock], offsets[kColumnBlock];
   read_set(w, unit.set, 0, scales);
   if (w.has_offsets) read_set(w, unit.set, kColumnBlock, offsets);
-  const float scale = read_float(unit.record + kRecordScale);
-  const float sum = read_float(unit.record + kRecordScale + 4 + 4 * unit.sum);
   for (int lane = 0; lane < kColumnBlock; ++lane) {
-    float t = static_cast<float>(dots[lane]) - static_cast<float>(w.zero) * sum;  // exact
+    float t = static_cast<float>(dots[lane]) - static_cast<float>(w.zero) * unit.sum;  // exact
     t *= scales[lane];
-    if (w.has_offsets) t += offsets[lane] * sum;
+    if (w.has_offsets) t += offsets[lane] * unit.sum;
     y[lane] += scale * t;
   }
 }
@@ -71,12 +85,16 @@ void block_products(const PackedView& w, const uint8_t* row, int64_t block, floa
     const uint8_t* codes = base + c * w.code_bytes;
     const uint8_t* record = row + c * kRecordBytes;
     const uint8_t* sets = base + w.scales_at;
+    const float low = read_float(record + kRecordScale + 8), high = read_float(record + kRecordScale + 12);
     if (w.half_groups) {
-      add_unit(w, {codes, sets + 2 * c * w.set_bytes, record, 0, 4, 1}, y);
-      add_unit(w, {codes, sets + (2 * c + 1) * w.set_bytes, record, 4, 8, 2}, y);
+      add_unit(w, {codes, sets + 2 * c * w.set_bytes, record, 0, 4, low}, y);
+      add_unit(w, {codes, sets + (2 * c + 1) * w.set_bytes, record, 4, 8, high}, y);
     } else {
-      add_unit(w, {codes, sets + c / w.chunks_per_group * w.set_bytes, record, 0, 8, 0}, y);
+      add_unit(w, {codes, sets + c / w.chunks_per_group * w.set_bytes, record, 0, 8, low + high}, y);
     }
+  }
+  for (int lane = 0; lane < kColumnBlock && w.whole; ++lane) {
+    y[lane] = std::ldexp(y[lane], w.powers[block * kColumnBlock + lane]);
   }
 }
 
@@ -159,8 +177,8 @@ void quantize_chunk(const float* x, int64_t count, uint8_t* record) {
     codes[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, code)));
     sums[i / 16] += codes[i];
   }
-  const float tail[4] = {scale, static_cast<float>(sums[0] + sums[1]), static_cast<float>(sums[0]),
-                         static_cast<float>(sums[1])};
+  const float tail[4] = {scale, kOffsetUnits * scale * static_cast<float>(sums[0] + sums[1]),
+                         static_cast<float>(sums[0]), static_cast<float>(sums[1])};
   std::memcpy(record, codes, kChunk);
   std::memcpy(record + kRecordScale, tail, sizeof(tail));
 }

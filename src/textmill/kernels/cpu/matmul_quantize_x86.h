@@ -53,7 +53,8 @@ void quantize_chunk(const float* x, int64_t count, uint8_t* record) {
   const int32_t low = sum_bytes(_mm256_castsi256_si128(codes)), high = sum_bytes(_mm256_extracti128_si256(codes, 1));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(record), codes);
   _mm_storeu_ps(reinterpret_cast<float*>(record + kRecordScale),
-                _mm_setr_ps(scale, static_cast<float>(low + high), static_cast<float>(low), static_cast<float>(high)));
+                _mm_setr_ps(scale, kOffsetUnits * scale * static_cast<float>(low + high), static_cast<float>(low),
+                            static_cast<float>(high)));
 }
 
 void quantize(const float* x, int64_t x_stride, int64_t row_begin, int64_t row_end, int64_t k, uint8_t* out) {

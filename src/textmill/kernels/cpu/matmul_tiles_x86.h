@@ -37,7 +37,7 @@ constexpr int64_t kWideRecord = 80;  // a record with words for codes
 constexpr int64_t record_bytes(Codes codes) { return codes == Codes::kWords ? kWideRecord : kRecordBytes; }
 
 // What a weight has beside its scales, known when tiles are compiled for the common kinds.
-enum class Form { kOffsets, kZero, kAny };
+enum class Form { kWhole, kWholeZero, kZero, kAny };
 
 // A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
 struct Tile {
@@ -60,6 +60,14 @@ TEXTMILL_INLINE __m256i load_codes(const uint8_t* codes, int q, int plane) {
   return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
 }
 
+// A set's eight offsets where scales are whole.
+TEXTMILL_INLINE __m256 whole_offsets(bool has_offsets, __m256 zero, const uint8_t* set) {
+  const __m128i* at = reinterpret_cast<const __m128i*>(set);
+  if (has_offsets) return _mm256_cvtph_ps(_mm_load_si128(at + 1));
+  const __m256 share = _mm256_mul_ps(zero, _mm256_set1_ps(-1.0f / kOffsetUnits));
+  return _mm256_mul_ps(share, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_load_si128(at))));
+}
+
 // The products of a step, added up to `sum` unless it is the first.
 template <Codes kCodes>
 TEXTMILL_INLINE __m256i add_products(bool first, __m256i sum, __m256i code, __m256i a) {
@@ -76,12 +84,14 @@ TEXTMILL_INLINE __m256 load_scales(bool full, const uint8_t* set, int64_t index)
   return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(set) + index));
 }
 
-// The integer dots of a chunk, or of its half kPart.
+constexpr int planes(Codes codes) { return codes == Codes::kPlanes ? 2 : 1; }
+
+// The products of a chunk, or of its half kPart, added up as `Isa` does it.
 template <int R, int C, Codes kCodes, bool kHalf, int kPart>
-TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* const* records, __m256i dots[R][C]) {
-  constexpr int P = kCodes == Codes::kPlanes ? 2 : 1;
+TEXTMILL_INLINE void chunk_sums(const uint8_t* const* codes, const uint8_t* const* records,
+                                __m256i sums[R][C][planes(kCodes)]) {
+  constexpr int P = planes(kCodes);
   constexpr int kCount = (kCodes == Codes::kWords ? 16 : 8) / units(kHalf), kFirst = kPart * kCount;
-  __m256i sums[R][C][P];
 #pragma GCC unroll 16
   for (int q = kFirst; q < kFirst + kCount; ++q) {
     __m256i code[C][P];
@@ -102,6 +112,14 @@ TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* cons
       }
     }
   }
+}
+
+// The integer dots of a chunk, or of its half kPart.
+template <int R, int C, Codes kCodes, bool kHalf, int kPart>
+TEXTMILL_INLINE void chunk_dots(const uint8_t* const* codes, const uint8_t* const* records, __m256i dots[R][C]) {
+  constexpr int P = planes(kCodes);
+  __m256i sums[R][C][P];
+  chunk_sums<R, C, kCodes, kHalf, kPart>(codes, records, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -129,7 +147,8 @@ TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* tails, i
   for (int r = 0; r < R; ++r) {
     const float* tail = reinterpret_cast<const float*>(tails[r]);
     const __m256 s = _mm256_broadcast_ss(tail);
-    const __m256 sum = _mm256_broadcast_ss(tail + 1 + sum_index);
+    const __m256 sum = sum_index > 0 ? _mm256_broadcast_ss(tail + 1 + sum_index)
+                                     : _mm256_set1_ps(tail[2] + tail[3]);
     const __m256 zero_sum = _mm256_mul_ps(fixed.zero, sum);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -143,16 +162,44 @@ TEXTMILL_INLINE void add_unit(const Fixed& fixed, const uint8_t* const* tails, i
   }
 }
 
+// A chunk with whole scales; y += s * (scale * dot) + offset * (64 * s * sum), see matmul_impl.h.
+template <int R, int C, Codes kCodes, bool kDirect, bool kOffsets>
+TEXTMILL_INLINE void run_whole(const Fixed& fixed, const uint8_t* const* codes, const uint8_t* const* records,
+                               const uint8_t* const* sets) {
+  __m256i sums[R][C][planes(kCodes)], scale[C];
+  chunk_sums<R, C, kCodes, false, 0>(codes, records, sums);
+  __m256 offset[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    scale[c] = kDirect ? Isa::load_whole(sets[c]) : _mm256_load_si256(reinterpret_cast<const __m256i*>(sets[c]));
+    offset[c] = kDirect ? whole_offsets(kOffsets, fixed.zero, sets[c]) : load_scales(true, sets[c], 1);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* tail = reinterpret_cast<const float*>(records[r] + kRecordScale);
+    const __m256 s = _mm256_broadcast_ss(tail), sum = _mm256_broadcast_ss(tail + 1);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float* at = fixed.y + r * kLd + c * 8;
+      const __m256 y = _mm256_fmadd_ps(s, Isa::scaled(sums[r][c][0], scale[c]), _mm256_load_ps(at));
+      _mm256_store_ps(at, _mm256_fmadd_ps(offset[c], sum, y));
+    }
+  }
+}
+
 // One unit; codes and sets point to it in each block.
 template <int R, int C, Codes kCodes, bool kHalf, bool kDirect, Form kForm, int kPart>
 TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
                               const uint8_t* const* records, const uint8_t* const* sets) {
+  if constexpr (kForm == Form::kWhole || kForm == Form::kWholeZero) {
+    return run_whole<R, C, kCodes, kDirect, kForm == Form::kWhole>(fixed, codes, records, sets);
+  }
   constexpr int kSum = kHalf ? 1 + kPart : 0;
   constexpr bool kCentred = kCodes == Codes::kWords;
   __m256i dots[R][C];
   chunk_dots<R, C, kCodes, kHalf, kPart>(codes, records, dots);
   const bool full = !kDirect || !fixed.half_floats;
-  const bool has_offsets = kForm == Form::kAny ? fixed.has_offsets : kForm == Form::kOffsets;
+  const bool has_offsets = kForm == Form::kAny && fixed.has_offsets;
   __m256 scale[C], offset[C];
   const uint8_t* tails[R];
 #pragma GCC unroll 8
@@ -162,7 +209,6 @@ TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
     scale[c] = load_scales(full, sets[c], 0);
     offset[c] = has_offsets ? load_scales(full, sets[c], 1) : _mm256_setzero_ps();
   }
-  if (kForm == Form::kOffsets) return add_unit<R, C, false, true>(fixed, tails, kSum, dots, scale, offset);
   if (kForm == Form::kZero) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
   if (!has_offsets) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
   add_unit<R, C, !kCentred, true>(fixed, tails, kSum, dots, scale, offset);
@@ -275,8 +321,8 @@ constexpr TileTable kDirectTiles = TEXTMILL_ALL_TILES(run_direct_tile);
 
 // The common kinds of weights have tiles of their own.
 inline Form form_of(const PackedView& w) {
-  if (w.has_offsets) return w.zero == 0 ? Form::kOffsets : Form::kAny;
-  return Form::kZero;
+  if (w.whole) return w.has_offsets ? Form::kWhole : Form::kWholeZero;
+  return w.has_offsets ? Form::kAny : Form::kZero;
 }
 
 const TileTable& panel_tiles(const PackedView& w) {
@@ -284,7 +330,8 @@ const TileTable& panel_tiles(const PackedView& w) {
   const Form form = form_of(w);
   if (form == Form::kZero) return w.bits == 4 ? kPanelTiles<4, false, Form::kZero> : kPanelTiles<8, false, Form::kZero>;
   if (w.bits == 8) return kPanelTiles<8, false, Form::kAny>;
-  return form == Form::kOffsets ? kPanelTiles<4, false, Form::kOffsets> : kPanelTiles<4, false, Form::kAny>;
+  if (w.whole) return kPanelTiles<4, false, Form::kWhole>;  // expanded scales are the same in both forms
+  return kPanelTiles<4, false, Form::kAny>;
 }
 
 const TileTable& direct_tiles(const PackedView& w) {
@@ -292,7 +339,8 @@ const TileTable& direct_tiles(const PackedView& w) {
   const Form form = form_of(w);
   if (form == Form::kZero) return w.bits == 4 ? kDirectTiles<4, false, Form::kZero> : kDirectTiles<8, false, Form::kZero>;
   if (w.bits == 8) return kDirectTiles<8, false, Form::kAny>;
-  return form == Form::kOffsets ? kDirectTiles<4, false, Form::kOffsets> : kDirectTiles<4, false, Form::kAny>;
+  if (form == Form::kWhole) return kDirectTiles<4, false, Form::kWhole>;
+  return form == Form::kWholeZero ? kDirectTiles<4, false, Form::kWholeZero> : kDirectTiles<4, false, Form::kAny>;
 }
 
 }  // namespace

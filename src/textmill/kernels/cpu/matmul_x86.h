@@ -3,6 +3,7 @@
 //   first(codes, a)       the products of one quad, unsigned codes times signed activations
 //   step(sum, codes, a)   adds another quad's products; up to 8 quads in all
 //   finish(sum)           the sums of 8 columns as int32; finish_halves(low, high): low + 16 * high
+//   scaled(sum, scales)   the sums of 8 columns times whole scales, rounded to floats; load_whole(scales) makes the operand
 // Everything is in an unnamed namespace and nothing of the standard library is instantiated: code compiled for one
 // instruction set must not be merged by the linker with that of another.
 #pragma once
