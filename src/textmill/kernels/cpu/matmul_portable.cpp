@@ -56,7 +56,8 @@ void add_whole(const PackedView& w, const Unit& unit, const int32_t* dots, float
   for (int lane = 0; lane < kColumnBlock; ++lane) {
     int16_t whole;
     std::memcpy(&whole, unit.set + lane * 2, 2);
-    const float offset = w.has_offsets ? offsets[lane] : -static_cast<float>(w.zero) / kOffsetUnits * static_cast<float>(whole);
+    const float share = -static_cast<float>(w.zero) / kOffsetUnits;
+    const float offset = w.has_offsets ? offsets[lane] : share * static_cast<float>(whole);
     y[lane] += scale * static_cast<float>(static_cast<int64_t>(dots[lane]) * whole);
     y[lane] += offset * sum;
   }

@@ -37,7 +37,7 @@ constexpr int64_t kWideRecord = 80;  // a record with words for codes
 constexpr int64_t record_bytes(Codes codes) { return codes == Codes::kWords ? kWideRecord : kRecordBytes; }
 
 // What a weight has beside its scales, known when tiles are compiled for the common kinds.
-enum class Form { kWhole, kWholeZero, kZero, kAny };
+enum class Form { kWhole, kWholeZero, kOffsets, kZero, kAny };
 
 // A tile: up to 6 rows times up to 2 column blocks over a range of chunks.
 struct Tile {
@@ -199,7 +199,7 @@ TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
   __m256i dots[R][C];
   chunk_dots<R, C, kCodes, kHalf, kPart>(codes, records, dots);
   const bool full = !kDirect || !fixed.half_floats;
-  const bool has_offsets = kForm == Form::kAny && fixed.has_offsets;
+  const bool has_offsets = kForm == Form::kAny ? fixed.has_offsets : kForm == Form::kOffsets;
   __m256 scale[C], offset[C];
   const uint8_t* tails[R];
 #pragma GCC unroll 8
@@ -209,6 +209,7 @@ TEXTMILL_INLINE void run_unit(const Fixed& fixed, const uint8_t* const* codes,
     scale[c] = load_scales(full, sets[c], 0);
     offset[c] = has_offsets ? load_scales(full, sets[c], 1) : _mm256_setzero_ps();
   }
+  if (kForm == Form::kOffsets) return add_unit<R, C, false, true>(fixed, tails, kSum, dots, scale, offset);
   if (kForm == Form::kZero) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
   if (!has_offsets) return add_unit<R, C, !kCentred, false>(fixed, tails, kSum, dots, scale, offset);
   add_unit<R, C, !kCentred, true>(fixed, tails, kSum, dots, scale, offset);
@@ -322,7 +323,8 @@ constexpr TileTable kDirectTiles = TEXTMILL_ALL_TILES(run_direct_tile);
 // The common kinds of weights have tiles of their own.
 inline Form form_of(const PackedView& w) {
   if (w.whole) return w.has_offsets ? Form::kWhole : Form::kWholeZero;
-  return w.has_offsets ? Form::kAny : Form::kZero;
+  if (!w.has_offsets) return Form::kZero;
+  return w.zero == 0 ? Form::kOffsets : Form::kAny;
 }
 
 const TileTable& panel_tiles(const PackedView& w) {
@@ -331,7 +333,7 @@ const TileTable& panel_tiles(const PackedView& w) {
   if (form == Form::kZero) return w.bits == 4 ? kPanelTiles<4, false, Form::kZero> : kPanelTiles<8, false, Form::kZero>;
   if (w.bits == 8) return kPanelTiles<8, false, Form::kAny>;
   if (w.whole) return kPanelTiles<4, false, Form::kWhole>;  // expanded scales are the same in both forms
-  return kPanelTiles<4, false, Form::kAny>;
+  return form == Form::kOffsets ? kPanelTiles<4, false, Form::kOffsets> : kPanelTiles<4, false, Form::kAny>;
 }
 
 const TileTable& direct_tiles(const PackedView& w) {
@@ -340,7 +342,8 @@ const TileTable& direct_tiles(const PackedView& w) {
   if (form == Form::kZero) return w.bits == 4 ? kDirectTiles<4, false, Form::kZero> : kDirectTiles<8, false, Form::kZero>;
   if (w.bits == 8) return kDirectTiles<8, false, Form::kAny>;
   if (form == Form::kWhole) return kDirectTiles<4, false, Form::kWhole>;
-  return form == Form::kWholeZero ? kDirectTiles<4, false, Form::kWholeZero> : kDirectTiles<4, false, Form::kAny>;
+  if (form == Form::kWholeZero) return kDirectTiles<4, false, Form::kWholeZero>;
+  return form == Form::kOffsets ? kDirectTiles<4, false, Form::kOffsets> : kDirectTiles<4, false, Form::kAny>;
 }
 
 }  // namespace
