@@ -30,7 +30,7 @@ namespace matmul_detail {
 
 constexpr int64_t kQuadBytes = 32;    // 8 columns x 4 inputs
 constexpr int64_t kRecordBytes = 48;  // one chunk of one row of quantized activations
-constexpr int64_t kRecordScale = 32;  // byte offset of the scale; the three sums follow
+constexpr int64_t kRecordScale = 32;  // byte offset of the scale; what is made of the sums follows
 constexpr float kOffsetUnits = 64.0f;  // an offset beside whole scales is a multiple of so many units
 
 struct PackedView {
